@@ -1,0 +1,700 @@
+"""langflow.py: golden parity with the official code, the identities behind it, and what a bound may and may not do.
+
+Left out of the golden set: `out/t_freq`, `out/t_emb`, `out/rot_*`, `out/q_rot`, `out/k_rot` are tested here only through
+common's functions; `sched/c_skip_f32_official` is our float32 expression; nothing of the official path is skipped.
+"""
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import langflow
+from conftest import golden
+from langflow import Config, Gumbel, LangFlow, alpha_sigma, bc, c_skip, flow_integral, flow_step, normalised, tau_of
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def g():
+    return golden("langflow")
+
+
+def small(**keys):
+    base = dict(vocab=29, d_model=32, cond_dim=16, n_layer=2, n_head=2, length=8, batch=3, steps=10, gate_init=0.0,
+                self_cond_prob=0.25, unigram_entropy=3.05)
+    return Config(**{**base, **keys})
+
+
+def official(g, dtype=torch.float32):
+    """The golden model, its size read from the arrays."""
+    V, D, C, n, heads, L, B = g["cfg/ints"].tolist()
+    model = LangFlow(small(vocab=V, d_model=D, cond_dim=C, n_layer=n, n_head=heads, length=L, batch=B))
+    raw = {k[2:]: v for k, v in g.items() if k.startswith("w/")}
+    model.load_state_dict(LangFlow.published(raw), strict=True)
+    return model.to(dtype).eval()
+
+
+def random_model(**keys):
+    """Every zero-initialised tensor made random, so that all paths are active; float64."""
+    model = LangFlow(small(**keys)).double().eval()
+    with torch.no_grad():
+        for p in model.backbone.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def logits_of(head):
+    z = head["u"] @ head["W"].T + head["b"]
+    return z + head["skip"] @ head["E"].T
+
+
+def close(a, b, tol):
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    assert a.shape == b.shape or a.numel() == b.numel() == 1
+    diff = (a - b).abs().max().item()
+    assert diff <= tol, f"largest difference {diff:.2e}, allowed {tol:.0e}"
+
+
+# --- golden parity ---------------------------------------------------------------------------------
+
+
+def test_golden_embedding_forward_process_and_time_conditioning(g):
+    m = official(g)
+    E = m.codebook()
+    close(E, g["out/emb_matrix"], 2e-6)
+    x = F.embedding(g["in/tokens"], E)
+    close(x, g["out/x_embed"], 2e-6)
+    close(g["in/probs"] @ E, g["out/embed_of_probs"], 2e-6)
+    alpha, sigma = alpha_sigma(g["in/gamma"])
+    close(bc(alpha) * x + bc(sigma) * g["in/noise"], g["out/z"], 2e-6)
+    close(common.sinusoid(g["in/gamma"]), g["out/t_freq"], 5e-6)
+    close(m.backbone.sigma_map(g["in/gamma"]), g["out/t_emb"], 2e-6)
+    close(m.backbone.cond(g["in/gamma"]), g["out/t_cond"], 2e-6)
+    cos, sin = m.backbone.cos, m.backbone.sin
+    close(torch.cat([cos, cos], -1), g["out/rot_cos"], 1e-6)
+    close(torch.cat([sin, sin], -1), g["out/rot_sin"], 1e-6)
+    q, k = g["in/qkv"].permute(2, 0, 3, 1, 4)[:2]
+    close(common.rope(q, cos, sin).transpose(1, 2), g["out/q_rot"], 2e-6)
+    close(common.rope(k, cos, sin).transpose(1, 2), g["out/k_rot"], 2e-6)
+
+
+@pytest.mark.parametrize("tag", ["nosc", "sc"])
+def test_golden_network(g, tag):
+    m = official(g)
+    E, z, gamma, tokens = m.codebook(), g["out/z"], g["in/gamma"], g["in/tokens"]
+    x_sc = g["in/x_self_cond"] if tag == "sc" else torch.zeros_like(z)
+    hidden = []
+    hooks = [b.register_forward_hook(lambda mod, args, out: hidden.append(out)) for b in m.backbone.blocks]
+    head = m.head(z, gamma, x_sc, E)
+    for hook in hooks:
+        hook.remove()
+    close(z, g[f"out/hidden0_{tag}"], 1e-5)
+    for i, h in enumerate(hidden):
+        close(h, g[f"out/hidden{i + 1}_{tag}"], 1e-5)
+    close(head["u"] @ head["W"].T + head["b"], g[f"out/backbone_logits_{tag}"], 1e-5)
+    close(logits_of(head), g[f"out/logits_{tag}"], 5e-5)
+    x_hat, nll = m.denoise(z, gamma, x_sc, E, tokens)
+    close(nll, g[f"out/ce_{tag}"], 2e-5)
+    close(x_hat, g[f"out/xhat_{tag}"], 1e-5)
+
+
+def test_golden_two_pass(g):
+    m = official(g)
+    E, z, gamma = m.codebook(), g["out/z"], g["in/gamma"]
+    first = m.denoise(z, gamma, torch.zeros_like(z), E)[0]
+    close(logits_of(m.head(z, gamma, first, E)), g["out/logits_twopass"], 5e-5)
+    close(m.two_pass(z, gamma, E, g["in/tokens"])[1], g["out/ce_twopass"], 5e-5)
+
+
+def test_golden_gradients(g):
+    m = official(g)
+    E = m.codebook()
+    alpha, sigma = alpha_sigma(g["in/gamma"])
+    z = bc(alpha) * F.embedding(g["in/tokens"], E) + bc(sigma) * g["in/noise"]
+    weight = torch.full(g["in/tokens"].shape, 1 / g["in/tokens"].numel())
+    loss, _ = common.token_ce(**m.head(z, g["in/gamma"], g["in/x_self_cond"], E), targets=g["in/tokens"], weight=weight)
+    loss.backward()
+    close(loss, g["grad/loss"], 5e-6)
+    grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
+    assert not any(n.startswith("proposal") for n in grads)
+    for key in g:
+        if key.startswith("grad/") and key[5:] in grads:
+            close(grads[key[5:]], g[key], 5e-6)
+    close(torch.stack([x.norm() for x in grads.values()]).norm(), g["grad/total_norm"], 5e-6)
+
+
+def test_golden_schedule(g):
+    p = official(g).proposal
+    assert torch.equal(p.gamma_of(g["sched/q"]), g["sched/gamma_of_q"])         # the float32 recipe, bit for bit
+    close(p.gamma_range()[0], g["sched/gamma_min"], 1e-5)
+    close(p.gamma_range()[1], g["sched/gamma_max"], 1e-5)
+    close(p.log_density(g["sched/gamma_of_q"]), g["sched/log_pdf"], 5e-6)
+    exact = Gumbel(1.62, 0.71, 3.05).double()
+    for name, value in zip(("loc", "scale", "entropy"), (1.62, 0.71, 3.05)):
+        getattr(exact, name).data.fill_(value)
+    q = g["sched/q"].double()
+    inside = (q > langflow.CUTOFF) & (q < 1 - langflow.CUTOFF)
+    close(exact.gamma_of(q)[inside], g["sched/gamma_of_q_f64_formula"][inside], 1e-8)
+    grid = g["sched/gamma_grid"]
+    for mine, key in zip((*alpha_sigma(grid), c_skip(grid)), ("alpha_f64", "sigma_f64", "c_skip_f64")):
+        close(mine / g[f"sched/{key}"], torch.ones_like(grid), 1e-12)
+    close(c_skip(grid.float()) / g["sched/c_skip_f32_official"], torch.ones_like(grid), 1e-6)
+    close(exact.information(grid), g["sched/H_of_gamma_f64"], 1e-10)
+    loss = (g["sched/ce_row"] - exact.information(g["in/gamma"].double())).square().mean()
+    loss.backward()
+    close(loss, g["sched/loss_f64"], 1e-7)
+    close(torch.stack([exact.entropy.grad, exact.loc.grad, exact.scale.grad]),
+          g["sched/grad_entropy_loc_scale_f64"], 1e-7)
+
+
+def test_golden_sampler_step(g):
+    for k, (t, s) in enumerate(g["step/t_s"]):
+        (_, sigma_t), (_, sigma_s) = alpha_sigma(t), alpha_sigma(s)
+        z = sigma_s * flow_step(g["out/z"] / sigma_t, g["step/x_pred"], tau_of(t), tau_of(s))
+        close(z, g[f"step/z_next{k}"], 2e-6)
+
+
+def test_golden_generation(g):
+    m = official(g)
+    calls, inner = [], m.head
+    m.head = lambda z, *args, **kw: calls.append((z, inner(z, *args, **kw))) or calls[-1][1]
+    tokens = m.sample(3, 8, int(g["samp/num_steps"]), noise=g["samp/z_init"])
+    assert len(calls) == int(g["samp/num_steps"])                               # NFE = N: N - 1 updates and one decode
+    close(torch.stack([logits_of(h) for _, h in calls]), g["samp/logits"], 2e-4)
+    close(torch.stack([z for z, _ in calls[1:]]), g["samp/z"], 1e-5)
+    assert torch.equal(tokens, g["samp/tokens"])
+
+
+@pytest.mark.parametrize("mode, tag", [("none", "plain"), ("detached", "detached"), ("chain", "chain")])
+def test_golden_divergence(g, mode, tag):
+    m = official(g)
+    E, z, gamma = m.codebook().detach(), g["out/z"], g["div/gamma"].expand(3)
+    x_hat, trace = m.divergence(z, gamma, E, g["div/u"], mode)
+    close(x_hat, g[f"div/xhat_{tag}"], 1e-5)
+    close(trace, g[f"div/hutch_{tag}"], 2e-4)
+    basis = torch.eye(z[0].numel()).view(-1, *z[0].shape)                       # one probe per coordinate: the exact trace
+    for row in range(2):
+        rows = z[row].expand(len(basis), -1, -1)
+        _, part = m.divergence(rows, g["div/gamma"].expand(len(basis)), E, basis, mode)
+        close(part.sum(), g[f"div/exact_{tag}"][row], 1e-3)
+
+
+@pytest.mark.parametrize("tag, solver, divergence, masked", [
+    ("heun2_sc", "heun", "detached", False), ("euler_sc", "euler", "detached", False),
+    ("heun2_nosc", "heun", "none", False), ("heun2_sc_chain", "heun", "chain", False),
+    ("euler_sc_mask", "euler", "detached", True)])
+def test_golden_ode_likelihood(g, tag, solver, divergence, masked):
+    m = official(g)
+    mask = g["nll/mask"].bool() if masked else None
+    out = m.nll(g["in/tokens"], mask, likelihood="ode", divergence=divergence, solver=solver,
+                steps=int(g["nll/n_steps"]), noise=g["nll/noise"])
+    close(out["reconst"], g[f"nll/{tag}/reconst_nll"], 3e-4)
+    close(out["integral"], g[f"nll/{tag}/int_nll"], 3e-4)
+    close(out["prior"], g[f"nll/{tag}/prior_nll"], 3e-4)
+    close(out["nll"] - out["control"], g[f"nll/{tag}/nll"], 3e-4)               # the official form has no control variate
+    grid = m.proposal.gamma_of(torch.linspace(0, 1, int(g["nll/n_steps"]) + 1))
+    close(grid, g["nll/gamma_grid"], 1e-5)
+    count = mask.sum(1) if masked else torch.full((3,), 8)
+    assert torch.equal(count, g[f"nll/{tag}/num_valid_tokens"])
+
+
+def test_golden_sde_likelihood(g):
+    m = official(g)
+    out = m.nll(g["in/tokens"], likelihood="sde", draws=3, t=g["sde/uniform"], noise=g["sde/noise"])
+    for mine, key in (("reconst", "reconst_nll"), ("integral", "int_nll"), ("prior", "prior_nll"), ("nll", "nll")):
+        close(out[mine], g[f"sde/{key}"], 2e-4)
+
+
+def test_golden_four_training_steps(g):
+    m = official(g)
+    names = [n for n, _ in m.named_parameters()]
+    opt = torch.optim.AdamW(m.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    ema = {n: p.detach().clone() for n, p in m.named_parameters()}
+    log = g["train/log_ce_sched_gnorm_gsched_lr_entropy_loc_scale"]
+    for i in range(4):
+        loss, metrics = m.loss(dict(tokens=g["train/tokens"][i]), t=g["train/q"][i], noise=g["train/noise"][i],
+                               coins=g["train/sc_rows"][i].bool())
+        opt.zero_grad()
+        loss.backward()
+        gnorm = torch.nn.utils.clip_grad_norm_(m.backbone.parameters(), 1.0)
+        gsched = torch.stack([p.grad for p in m.proposal.parameters()]).norm()
+        lr = 1e-2 * min(1.0, i / 2)
+        seen = [metrics["ce"], metrics["sched"], gnorm, gsched, lr, metrics["entropy"], metrics["loc"], metrics["scale"]]
+        for mine, theirs in zip(seen, log[i]):
+            close(mine, theirs, 2e-5)
+        opt.param_groups[0]["lr"] = lr
+        opt.step()
+        m.after_step(i, torch.tensor(True))
+        decay = min(0.9999, (2 + i) / (11 + i))
+        for n, p in m.named_parameters():
+            ema[n] -= (1 - decay) * (ema[n] - p.detach())
+    final = dict(m.named_parameters())
+    for n in names:
+        if f"train/final/{n}" in g:
+            close(final[n].detach(), g[f"train/final/{n}"], 2e-5)
+            close(ema[n], g[f"train/ema/{n}"], 2e-5)
+
+
+# --- identities ------------------------------------------------------------------------------------
+
+
+def test_noise_levels():
+    gamma = torch.linspace(-12, 20, 200)
+    alpha, sigma = alpha_sigma(gamma)
+    close(alpha ** 2 + sigma ** 2, torch.ones(200), 1e-6)
+    close(c_skip(gamma) * sigma ** 2 / alpha, torch.ones(200), 1e-6)
+    close(tau_of(gamma) * sigma / alpha, torch.ones(200), 1e-6)
+
+
+def test_schedule_is_its_own_information_curve():
+    p = Gumbel(1.62, 0.71, 3.05).double()
+    q = torch.linspace(1e-5, 1 - 1e-5, 501, dtype=torch.float64)
+    gamma = p.gamma_of(q)
+    close(p.information(gamma), p.entropy * q, 1e-12)
+    h = 1e-5
+    slope = (p.information(gamma + h) - p.information(gamma - h)) / (2 * h) / p.entropy
+    close(slope, p.log_density(gamma).exp(), 1e-6)
+    grid = torch.linspace(*p.gamma_range(), 200_001, dtype=torch.float64)
+    close(torch.trapezoid(p.log_density(grid).exp(), grid), torch.tensor(1 - 2e-5), 1e-7)
+
+
+def test_sampler_step_equals_ddim_and_the_official_exponential_form():
+    z, x_hat = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    t, s, m = torch.tensor([5.1, 2.3, 3.7], dtype=torch.float64)
+
+    def step(z, t, s):
+        return alpha_sigma(s)[1] * flow_step(z / alpha_sigma(t)[1], x_hat, tau_of(t), tau_of(s))
+
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
+    ddim = sigma_s / sigma_t * z + (alpha_s - sigma_s / sigma_t * alpha_t) * x_hat
+    end = alpha_s * x_hat
+    exponential = end + (z * ((F.softplus(t) - F.softplus(s)) / 2).exp() - end) * ((s - t) / 2).exp()
+    close(step(z, t, s), ddim, 1e-14)
+    close(step(z, t, s), exponential, 1e-14)
+    close(step(z, t, t), z, 1e-15)
+    close(step(step(z, t, m), m, s), step(z, t, s), 1e-14)
+
+
+def iid_model(probs, D=16):
+    """Zero trunk, output bias = ln unigram: the exact posterior of independent tokens."""
+    model = LangFlow(small(vocab=len(probs), d_model=D, n_layer=1, length=4)).double().eval()
+    model.backbone.output_layer.linear.bias.data = probs.log()
+    return model
+
+
+def ce_and_mmse(model, tokens, gamma, eps):
+    E = model.codebook().detach()
+    x = F.embedding(tokens, E)
+    level = torch.full((len(tokens),), gamma, dtype=torch.float64)
+    alpha, sigma = alpha_sigma(level)
+    with torch.no_grad():
+        x_hat, nll = model.two_pass(bc(alpha) * x + bc(sigma) * eps, level, E, tokens)
+    return nll.mean(), (x_hat - x).square().sum(-1).mean()
+
+
+def test_untrained_model_is_the_exact_posterior_of_independent_tokens():
+    probs = torch.tensor([0.4, 0.3, 0.2, 0.05, 0.05], dtype=torch.float64)
+    m = iid_model(probs)
+    E, gamma = m.codebook(), torch.tensor([0.5, 3.0], dtype=torch.float64)
+    z = torch.randn(2, 4, 16, dtype=torch.float64)
+    head = m.head(z, gamma, torch.randn_like(z), E)
+    evidence = -0.5 * (z[:, :, None] - bc(alpha_sigma(gamma)[0])[..., None] * E).square().sum(-1)
+    posterior = (evidence / bc(alpha_sigma(gamma)[1]) ** 2 + probs.log()).softmax(-1)
+    close(logits_of(head).softmax(-1), posterior, 1e-12)
+    tokens = torch.multinomial(probs, 20_000, replacement=True).view(-1, 4)
+    eps = torch.randn(len(tokens), 4, 16, dtype=torch.float64)
+    ce = [ce_and_mmse(m, tokens, gamma, eps)[0] for gamma in (-4, -1, 0, 1, 2, 3, 5, 12)]
+    entropy = -probs.log()[tokens].mean()
+    assert ce[0] < 1e-6 and abs(ce[-1] - entropy) < 1e-3
+    assert all(a < b for a, b in zip(ce, ce[1:]))
+
+
+def test_cross_entropy_grows_by_half_the_mmse():
+    """I-MMSE: d CE / d gamma = e^-gamma / 2 * E ||E_x - x_hat||^2, which makes the SDE integral a likelihood."""
+    probs = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    m = iid_model(probs, D=8)
+    tokens = torch.multinomial(probs, 100_000, replacement=True).view(-1, 4)
+    eps = torch.randn(len(tokens), 4, 8, dtype=torch.float64)
+    for gamma in (0.0, 1.0, 2.0):
+        slope = (ce_and_mmse(m, tokens, gamma + 0.05, eps)[0] - ce_and_mmse(m, tokens, gamma - 0.05, eps)[0]) / 0.1
+        mmse = ce_and_mmse(m, tokens, gamma, eps)[1]
+        assert abs(slope / (0.5 * math.exp(-gamma) * mmse) - 1) < 0.03
+
+
+def test_divergence_modes():
+    m = random_model()
+    E, z = m.codebook().detach(), torch.randn(2, 8, 32, dtype=torch.float64)
+    gamma, u = torch.tensor([1.0, 2.5], dtype=torch.float64), torch.randn(2, 8, 32, dtype=torch.float64)
+    chain, detached = (m.divergence(z, gamma, E, u, mode)[1] for mode in ("chain", "detached"))
+    assert (chain - detached).abs().min() > 1e-3
+    m.backbone.self_cond_proj.weight.data[:, 32:] = 0                           # the half that sees x_sc
+    close(m.divergence(z, gamma, E, u, "chain")[1], m.divergence(z, gamma, E, u, "none")[1], 1e-10)
+
+
+def test_hutchinson_probes_average_to_the_trace():
+    m = random_model(length=2, d_model=8)
+    E, z = m.codebook().detach(), torch.randn(1, 2, 8, dtype=torch.float64).expand(4000, -1, -1)
+    gamma = torch.full((4000,), 1.5, dtype=torch.float64)
+    basis = torch.eye(16, dtype=torch.float64).view(16, 2, 8)
+    exact = m.divergence(z[:16], gamma[:16], E, basis, "chain")[1].sum()
+    gauss = m.divergence(z, gamma, E, torch.randn_like(z), "chain")[1]
+    signs = m.divergence(z, gamma, E, torch.randn_like(z).sign(), "chain")[1]
+    for draws in (gauss, signs):
+        assert abs(draws.mean() - exact) < 5 * draws.std() / 4000 ** 0.5
+    assert signs.std() < gauss.std()
+
+
+def test_gradients_of_network_and_schedule_do_not_mix():
+    def grads(with_sched):
+        torch.manual_seed(1)
+        m = random_model()
+        torch.manual_seed(2)
+        loss, metrics = m.loss(dict(tokens=torch.randint(29, (4, 8))))
+        E, gamma = None, None
+        if not with_sched:                          # cut the second term: the CE alone
+            loss = loss - (loss - metrics["ce"])
+        loss.backward()
+        return {n: p.grad for n, p in m.named_parameters()}, metrics
+
+    both, metrics = grads(True)
+    assert all(both[f"proposal.{n}"].abs() > 0 for n in ("loc", "scale", "entropy"))
+    torch.manual_seed(1)
+    m = random_model()
+    torch.manual_seed(2)
+    frozen = torch.nn.ParameterDict(dict(m.proposal.named_parameters()))
+    for p in frozen.values():
+        p.requires_grad_(False)
+    loss, _ = m.loss(dict(tokens=torch.randint(29, (4, 8))))
+    loss.backward()
+    for n, p in m.backbone.named_parameters():      # bit-identical with and without the schedule's loss
+        assert torch.equal(p.grad, both[f"backbone.{n}"]), n
+    assert all(p.grad is None for p in frozen.values())
+
+
+def test_schedule_fits_a_known_information_curve():
+    for start in (-3.0, 3.0):
+        truth, p = Gumbel(1.5, 0.8, 3.0).double(), Gumbel(1.5 + start, 0.85, 3.4).double()
+        opt = torch.optim.Adam(p.parameters(), lr=1e-2)
+        for step in range(2000):
+            gamma = p.gamma_of(common.Rows(0, step, 0, 64, 64).uniform()).detach()
+            seen = truth.information(gamma).detach() + 0.2 * torch.randn(64, dtype=torch.float64)
+            opt.zero_grad()
+            (seen - p.information(gamma)).square().mean().backward()
+            opt.step()
+        for x, target in zip((p.loc, p.scale, p.entropy), (1.5, 0.8, 3.0)):
+            assert abs(x - target) < 0.05
+
+
+def test_self_conditioning_forms():
+    off = random_model(self_cond_prob=0.0)
+    E, z, gamma = off.codebook(), torch.randn(4, 8, 32).double(), torch.tensor([0.5, 1, 2, 3]).double()
+    assert not off.self_cond_rows(common.Rows(0, 5, 0, 8, 8)).any()
+    torch.manual_seed(3)
+    loss, metrics = off.loss(dict(tokens=torch.randint(29, (4, 8))), coins=torch.zeros(4, dtype=torch.bool))
+    torch.manual_seed(3)
+    assert torch.equal(loss, off.loss(dict(tokens=torch.randint(29, (4, 8))))[0])
+    close(off.two_pass(z, gamma, E, self_cond=False)[0], off.denoise(z, gamma, torch.zeros_like(z), E)[0], 0)
+    subset = LangFlow(small())
+    for step in range(20):
+        rows = subset.self_cond_rows(common.Rows(0, step, 0, 16, 16))
+        assert torch.equal(rows.view(4, 4).sum(1), torch.ones(4, dtype=torch.int64))
+        assert torch.equal(subset.self_cond_rows(common.Rows(0, step, 8, 8, 16)), rows[8:])
+    coin = LangFlow(small(self_cond_form="bernoulli", self_cond_prob=0.3))
+    tosses = [coin.self_cond_rows(common.Rows(0, step, 0, 4, 8)) for step in range(400)]
+    assert all(x.all() or not x.any() for x in tosses)
+    assert abs(sum(bool(x[0]) for x in tosses) / 400 - 0.3) < 0.1
+    assert torch.equal(coin.self_cond_rows(common.Rows(0, 7, 4, 4, 8)), tosses[7])      # the other rank agrees
+
+
+def test_equivariance_and_invariance():
+    m = random_model()
+    E, z = m.codebook(), torch.randn(5, 8, 32, dtype=torch.float64)
+    gamma, order = torch.linspace(0, 4, 5, dtype=torch.float64), torch.tensor([3, 0, 4, 1, 2])
+    targets = torch.randint(29, (5, 8))
+    x_hat, nll = m.two_pass(z, gamma, E, targets)
+    again, nll_again = m.two_pass(z[order], gamma[order], E, targets[order])
+    close(again, x_hat[order], 1e-12)
+    close(nll_again, nll[order], 1e-12)
+    head = m.head(z, gamma, torch.zeros_like(z), E)
+    x_hat, nll = common.expected_embedding(**head, values=E, targets=targets)
+    shifted = common.expected_embedding(**{**head, "b": head["b"] + 3.0}, values=E, targets=targets)
+    pad = {**head, "W": F.pad(head["W"], (0, 0, 0, 3)), "b": F.pad(head["b"], (0, 3), value=-math.inf),
+           "E": F.pad(E, (0, 0, 0, 3))}
+    padded = common.expected_embedding(**pad, values=pad["E"], targets=targets)
+    for other in (shifted, padded):
+        close(other[0], x_hat, 1e-12)
+        close(other[1], nll, 1e-12)
+
+
+def test_masked_loss_is_the_mean_over_the_global_batch():
+    """Two halves averaged = the whole batch, with real lengths that differ; noise, times and subsets passed in."""
+    m = random_model()
+    torch.manual_seed(4)
+    tokens, t, noise = torch.randint(29, (8, 8)), torch.rand(8).double(), torch.randn(8, 8, 32).double()
+    lens = torch.tensor([8, 3, 5, 8, 1, 2, 7, 4])
+    mask, coins = torch.arange(8) < lens[:, None], torch.arange(8) % 4 == 1
+
+    def part(s, **extra):
+        return m.loss(dict(tokens=tokens[s], mask=mask[s], **extra), t=t[s], noise=noise[s], coins=coins[s])[0]
+
+    whole = part(slice(0, 8))
+    halves = [part(slice(i, i + 4), global_len=lens) for i in (0, 4)]
+    close(sum(halves) / 2, whole, 1e-12)
+    changed = torch.where(mask, tokens, 0)                      # targets under the mask are not read ...
+    head = m.loss(dict(tokens=tokens, mask=mask), t=t, noise=noise, coins=coins)[1]["ce"]
+    assert torch.isfinite(head) and not torch.equal(changed, tokens)
+
+
+def test_bias_ramp_and_initial_values():
+    m = LangFlow(small(bias_ramp=10, gumbel_entropy=None))
+    close(m.proposal.loc.detach(), torch.tensor(4.723 + math.log(32 / 768)), 1e-6)
+    close(m.proposal.entropy.detach(), torch.tensor(3.05), 1e-6)
+    tokens = torch.randint(29, (4, 8))
+    start = m.loss(dict(tokens=tokens, rows=common.Rows(0, 0, 0, 4, 4)))[1]["ce"]
+    close(start, math.log(29), 1e-5)                            # r = 0 and a zero output layer: uniform
+    later = m.loss(dict(tokens=tokens, rows=common.Rows(0, 10, 0, 4, 4)))[1]["ce"]
+    assert later < start - 0.3
+
+
+@pytest.mark.parametrize("preset, count", [("lm1b", 140_472_637), ("owt", 170_805_332)])
+def test_published_parameter_counts(preset, count):
+    cfg = Config(**{**langflow.PRESETS[preset], "vocab": 30522 if preset == "lm1b" else 50257})
+    with torch.device("meta"):
+        model = LangFlow(cfg)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert "backbone.self_cond_proj.weight" in model.state_dict() and "proposal.loc" in model.state_dict()
+
+
+@pytest.mark.parametrize("keys", [dict(self_cond_form="always"), dict(self_cond_prob=0.3), dict(self_cond_prob=1.5)])
+def test_bad_configuration_is_refused(keys):
+    with pytest.raises(common.UserError, match="self_cond"):
+        LangFlow(small(**keys))
+
+
+@pytest.mark.parametrize("call", [
+    lambda m, x: m.nll(x, likelihood="elbo"), lambda m, x: m.nll(x, likelihood="ode", divergence="full"),
+    lambda m, x: m.nll(x, likelihood="ode", solver="rk4"), lambda m, x: m.nll(x, draws=0),
+    lambda m, x: m.nll(x, likelihood="ode", probe="uniform"), lambda m, x: m.sample(2, 8, 0),
+    lambda m, x: m.sample(2, 8, 4, temperature=0.0), lambda m, x: m.sample(2, 8, 4, solver="dpm"),
+    lambda m, x: m.sample(2, 8, 4, q_start=0.5), lambda m, x: m.sample(2, 9, 4)])
+def test_bad_options_are_refused(call):
+    m = random_model()
+    with pytest.raises(common.UserError):
+        call(m, torch.zeros(2, 8, dtype=torch.int64))
+
+
+# --- with an exact denoiser ------------------------------------------------------------------------
+
+
+class Oracle(LangFlow):
+    """LangFlow around the exact posterior of a Markov chain (forward-backward): every solver is the shipped one.
+
+    `copy` = lambda mixes the self-conditioning input in, x_hat = (1 - lambda) x_hat* + lambda x_sc, which leaves the
+    trajectory as it is (x_sc = x_hat*) but moves part of the divergence into the term that `detached` drops.
+    """
+
+    def __init__(self, g, copy=0.0):
+        V, D = g["toy/E"].shape
+        super().__init__(small(vocab=V, d_model=D, length=4, n_layer=1, gumbel_entropy=1.2, gumbel_scale=1.0,
+                               gumbel_loc=0.2))
+        self.double().eval()
+        self.proposal.loc.data.fill_(g["toy/loc_scale"][0].item())              # 0.2 exactly, not its float32
+        self.E, self.pi, self.P, self.copy = g["toy/E"], g["toy/pi"], g["toy/P"], copy
+
+    def codebook(self):
+        return self.E
+
+    def posterior(self, z_t, gamma):
+        evidence = bc(c_skip(gamma)) * (z_t @ self.E.T)                         # [B, L, V]
+        forward, backward = [self.pi.log() + evidence[:, 0]], [torch.zeros_like(evidence[:, 0])]
+        for i in range(1, z_t.shape[1]):
+            forward.append(evidence[:, i] + (forward[-1][:, :, None] + self.P.log()).logsumexp(1))
+        for i in range(z_t.shape[1] - 1, 0, -1):
+            backward.insert(0, (self.P.log() + (evidence[:, i] + backward[0])[:, None]).logsumexp(2))
+        return (torch.stack(forward, 1) + torch.stack(backward, 1)).log_softmax(-1)
+
+    def head(self, z_t, gamma, x_sc, E, ramp=1.0, temperature=1.0):
+        V = len(E)
+        return dict(u=self.posterior(z_t, gamma), W=torch.eye(V, dtype=E.dtype), b=torch.zeros(V, dtype=E.dtype),
+                    skip=torch.zeros_like(z_t), E=E)
+
+    def denoise(self, z_t, gamma, x_sc, E, targets=None, ramp=1.0):
+        x_hat, nll = super().denoise(z_t, gamma, x_sc, E, targets, ramp)
+        return (x_hat if not x_sc.any() else (1 - self.copy) * x_hat + self.copy * x_sc), nll
+
+
+def chain_samples(pi, P, n, L):
+    tokens = [torch.multinomial(pi, n, replacement=True)]
+    for _ in range(L - 1):
+        tokens.append(torch.multinomial(P[tokens[-1]], 1)[:, 0])
+    return torch.stack(tokens, 1)
+
+
+def chain_logp(pi, P, tokens):
+    return pi.log()[tokens[:, 0]] + P.log()[tokens[:, :-1], tokens[:, 1:]].sum(1)
+
+
+def test_oracle_posterior_matches_the_golden_one(g):
+    m = Oracle(g)
+    for gamma, z, logp in zip(g["toy/post_gamma"], g["toy/post_z"], g["toy/post_logprob"]):
+        close(m.posterior(z, gamma.expand(4)), logp, 1e-8)
+
+
+@pytest.mark.parametrize("n", [32, 64])
+def test_oracle_likelihood_is_exact_for_every_draw(g, n):
+    m, tokens, eps = Oracle(g), g["toy/tokens"], g["toy/noise"]
+    E, x = m.codebook(), F.embedding(g["toy/tokens"], m.codebook())
+    low = m.proposal.gamma_range()[0].expand(4)
+    alpha, sigma = alpha_sigma(low)
+    z_a = bc(alpha) * x + bc(sigma) * eps
+    reconst = m.two_pass(z_a, low, E, tokens)[1].sum(1)
+    gamma = m.proposal.gamma_of(torch.linspace(0, 1, n + 1, dtype=torch.float64)).detach()
+    basis = torch.eye(32, dtype=torch.float64).view(32, 4, 8)
+
+    def field(y, j):                                                            # exact trace: one probe per coordinate
+        z = alpha_sigma(gamma[j])[1] * y
+        many = z.repeat_interleave(32, 0)
+        x_hat, part = m.divergence(many, gamma[j].expand(len(many)), E, basis.repeat(4, 1, 1), "none")
+        return x_hat[::32], alpha_sigma(gamma[j])[1] * part.view(4, 32).sum(1)
+
+    y_b, integral = flow_integral(field, z_a / bc(sigma), tau_of(gamma))
+    prior = 0.5 * y_b.square().sum((1, 2)) - 16
+    control = 16 - 0.5 * eps.square().sum((1, 2))
+    for mine, key, tol in ((reconst, "reconst_nll", 1e-8), (integral, "int_nll", 1e-8), (prior, "prior_nll", 1e-8),
+                           (prior + control, "prior_nll_cv", 1e-8), (y_b, "y_final", 1e-8)):
+        close(mine, g[f"toy/n{n}/{key}"], tol)
+    close(reconst + integral + prior + control, -g["toy/logP"], 0.025)
+
+
+def test_control_variate_keeps_the_mean_and_removes_the_noise(g):
+    m = Oracle(g)
+    out = m.nll(g["toy/tokens"].repeat_interleave(150, 0), likelihood="ode", divergence="none", steps=24)
+    lean, plain = out["nll"].view(4, -1), (out["nll"] - out["control"]).view(4, -1)
+    assert (lean.mean(1) - plain.mean(1)).abs().max() < 5 * 4 / 150 ** 0.5
+    assert lean.std(1).mean() < plain.std(1).mean() / 2                         # the rest is Hutchinson noise
+    assert (lean.mean(1) + g["toy/logP"]).abs().max() < 5 * (lean.std(1).max() / 150 ** 0.5).item() + 0.05
+
+
+def test_sde_bound_is_tight_for_the_exact_denoiser(g):
+    m, tokens = Oracle(g), g["toy/tokens"].repeat_interleave(400, 0)
+    nll = m.nll(tokens)["nll"].view(4, -1)
+    assert ((nll.mean(1) + g["toy/logP"]).abs() < 5 * nll.std(1) / 20 + 0.02).all()
+
+
+def test_detached_likelihood_is_not_a_bound(g):
+    """Same denoiser, same trajectory: the figure falls below the entropy as the network copies its own estimate."""
+    tokens = chain_samples(g["toy/pi"], g["toy/P"], 300, 4)
+    true = -chain_logp(g["toy/pi"], g["toy/P"], tokens).mean()
+    results = {}
+    for copy in (0.0, 0.25, 0.5, 1.0):
+        for mode in ("chain", "detached"):
+            torch.manual_seed(5)
+            results[copy, mode] = Oracle(g, copy).nll(tokens, likelihood="ode", divergence=mode, steps=24)["nll"].mean()
+    for copy in (0.0, 0.25, 0.5, 1.0):
+        assert abs(results[copy, "chain"] - true) < 0.3                         # a bound, and here a tight one
+        expected = results[0.0, "detached"] - copy * (results[0.0, "detached"] - results[1.0, "detached"])
+        assert abs(results[copy, "detached"] - expected) < 0.1                  # linear in lambda
+    assert results[0.25, "detached"] < true - 0.8 and abs(results[1.0, "detached"]) < 0.3
+
+
+def bigram_table(tokens, V):
+    pairs = tokens[:, :-1] * V + tokens[:, 1:]
+    return torch.bincount(pairs.flatten(), minlength=V * V) / pairs.numel()
+
+
+def test_oracle_sampling(g):
+    m, V = Oracle(g), len(g["toy/pi"])
+    exact, marginal = torch.zeros(V, V, dtype=torch.float64), g["toy/pi"]
+    for _ in range(3):
+        exact += marginal[:, None] * g["toy/P"] / 3
+        marginal = marginal @ g["toy/P"]
+    tv = {}
+    for steps, solver in ((4, "euler"), (16, "euler"), (8, "heun")):
+        torch.manual_seed(6)
+        tv[steps, solver] = 0.5 * (bigram_table(m.sample(2000, 4, steps, solver=solver), V) - exact.flatten()).abs().sum()
+    assert tv[16, "euler"] < 0.06 < tv[4, "euler"]
+    assert tv[8, "heun"] < 0.06
+
+
+def test_infilling_prefix_and_rewriting(g):
+    m, P = Oracle(g), g["toy/P"]
+    known = chain_samples(g["toy/pi"], P, 200, 4)
+    held = torch.tensor([True, True, False, True]).expand(200, -1)
+    seen = []
+    out = m.sample(200, 4, 16, known=known, known_mask=held, watch=lambda step, tokens: seen.append(tokens))
+    assert torch.equal(out[held], known[held]) and len(seen) == 15
+    assert all(torch.equal(x[held], known[held]) for x in seen)
+    # the filled token must be likelier in its context than a blind draw
+    fit = P.log()[known[:, 1], out[:, 2]] + P.log()[out[:, 2], known[:, 3]]
+    blind = torch.randint(len(P), (200,))
+    assert fit.mean() > (P.log()[known[:, 1], blind] + P.log()[blind, known[:, 3]]).mean() + 0.3
+    same = [(m.sample(200, 4, 8, known=known, q_start=q) == known).float().mean() for q in (0.02, 0.5, 0.99)]
+    assert same[0] > 0.95 and same[0] > same[1] > same[2]                       # rewriting deepens with q_start
+
+
+def test_temperature_and_steps(g):
+    m = random_model()
+    E, z, gamma = m.codebook(), torch.randn(2, 8, 32).double(), torch.tensor([1.0, 3.0]).double()
+    plain, cold = (logits_of(m.head(z, gamma, torch.zeros_like(z), E, temperature=T)) for T in (1.0, 0.5))
+    close(cold, 2 * plain, 1e-10)
+    for steps in (1, 2, 5):
+        assert m.sample(2, 8, steps).shape == (2, 8)
+    calls, inner = [], m.head
+    m.head = lambda *args, **kw: calls.append(0) or inner(*args, **kw)
+    m.sample(2, 8, 5, solver="heun")
+    assert len(calls) == 2 * 5 - 1
+
+
+# --- learning --------------------------------------------------------------------------------------
+
+
+def markov(V, L, seed, sharp=1.0):
+    """A random chain: (pi, P, entropy in nats per sequence), by enumeration of the transition table."""
+    torch.manual_seed(seed)
+    P = (sharp * torch.randn(V, V, dtype=torch.float64)).softmax(-1)
+    pi = torch.linalg.matrix_power(P, 200)[0]
+    step = -(pi[:, None] * P * P.log()).sum()
+    return pi, P, (-(pi * pi.log()).sum() + (L - 1) * step).item()
+
+
+def train(model, draw, steps, batch, lr, schedule_lr, log=None):
+    """The bare loop: nothing of common's training loop is needed to use a paper file."""
+    opt = torch.optim.AdamW([dict(params=grp["params"], lr=lr if i == 0 else schedule_lr)
+                             for i, grp in enumerate(model.param_groups())], weight_decay=0.0)
+    model.train()
+    for step in range(steps):
+        loss, metrics = model.loss(dict(tokens=draw(batch), rows=common.Rows(0, step, 0, batch, batch)))
+        opt.zero_grad()
+        loss.backward()
+        for grp in model.param_groups():
+            torch.nn.utils.clip_grad_norm_(grp["params"], 1.0)
+        opt.step()
+        model.after_step(step, torch.tensor(True))
+        if log is not None and step % 250 == 249:
+            log.append({k: round(v.item(), 3) for k, v in metrics.items()})
+    return model.eval()
+
+
+def test_learning_a_source_of_known_entropy():
+    """The bound falls towards the entropy of the source and stays above it."""
+    L = 4
+    pi, P, entropy = markov(4, L, seed=0, sharp=2.0)
+    unigram = L * -(pi * pi.log()).sum().item()
+    model = LangFlow(small(vocab=4, d_model=32, length=L, unigram_entropy=math.log(4), gate_init=0.5))
+    tokens = chain_samples(pi, P, 2000, L)
+
+    def bound():
+        nll = model.eval().nll(tokens)["nll"]
+        return nll.mean().item(), nll.std().item() / len(nll) ** 0.5
+
+    before = bound()[0]
+    train(model, lambda n: chain_samples(pi, P, n, L), 400, 64, 5e-3, 2e-2)
+    after, error = bound()
+    print(f"entropy {entropy:.3f}  unigram {unigram:.3f}  bound before {before:.3f}  after {after:.3f} +- {error:.3f}")
+    assert after < before - 0.5 and after < unigram - 0.5 * (unigram - entropy)
+    source = -chain_logp(pi, P, tokens).mean().item()                           # this sample's own entropy
+    assert after > source - 4 * error
