@@ -571,3 +571,1289 @@ class Muon(torch.optim.Optimizer):
                 for p, u, mom in zip(params, update, m):
                     self.state[p]["m"].copy_(mom)
                     p.mul_(1 - lr * group["weight_decay"] * ok).sub_(u)
+
+
+# --- 6. command line -------------------------------------------------------------------------------
+
+VERBS = ("train", "sample", "eval", "bench")
+SAMPLE_OPTIONS = {                  # name: (default, comment); a paper's own options are the keywords of its `sample`
+    "n": (4, "sequences to draw"), "steps": (64, "solver steps; nothing to do with the training key"),
+    "length": (0, "tokens per sequence; 0 = the model's"), "prompt": ("", "text that every sample starts with"),
+    "infill": ("", "text whose ___ the model fills in"), "watch": (False, "redraw the text while noise turns into words"),
+    "seed": (0, "seed of the draws"), "out": ("", "run folder; default the newest out/<paper>-*"),
+}
+EVAL_OPTIONS = {
+    "rows": (0, "sequences of the validation split to score; 0 = all, or 64 with likelihood=ode"),
+    "n": (64, "samples for the generation metrics; 0 = none"), "steps": (64, "solver steps of those samples"),
+    "sets": ("", "further corpora to score (zero-shot), separated by commas"),
+    "gen_ppl": ("", "name or folder of a GPT-2 for generative perplexity (needs pip install transformers)"),
+    "seed": (0, "seed of the draws"), "out": ("", "run folder; default the newest out/<paper>-*"),
+}
+BENCH_OPTIONS = {"iters": (10, "timed training steps"), "sample_n": (4, "sequences of the timed sampling run"),
+                 "sample_steps": (8, "solver steps of the timed sampling run")}
+
+
+def comments_of(cls):
+    """{field: trailing comment} of a dataclass and its bases, read from their source."""
+    found = {}
+    for c in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(c):
+            found.update(re.findall(r"^    (\w+): [^#\n]*?# *(.*)$", inspect.getsource(c), re.M))
+    return found
+
+
+def parse_value(key, text, kind):
+    """Text of `--key=text` as int, float, bool, str or Optional of these; a wrong type is one clear line."""
+    args = typing.get_args(kind)
+    if type(None) in args:
+        if text.lower() == "none":
+            return None
+        kind = next(a for a in args if a is not type(None))
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if kind is int:
+            value = float(text)
+            if value != int(value):
+                raise ValueError
+            return int(value)
+        value = kind(text)
+        if kind is float and math.isnan(value):
+            raise ValueError
+        return value
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(f"--{key}={text}: expected {getattr(kind, '__name__', kind)}") from None
+
+
+def keyword_options(f):
+    """{name: default} of the keyword options of a paper's `sample` or `nll`, beyond those of the contract."""
+    fixed = {"self", "n", "length", "steps", "known", "known_mask", "watch", "tokens", "mask"}
+    if f is None:
+        return {}
+    return {k: p.default for k, p in inspect.signature(f).parameters.items()
+            if k not in fixed and p.default is not p.empty}
+
+
+def parse(argv, Paper, Cfg, presets):
+    """argv -> (verb, explicit config overrides {key: value}, verb options {key: value})."""
+    verb, rest = ("train", list(argv))
+    if rest and not rest[0].startswith("-"):
+        verb = rest.pop(0)
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, 1)
+            raise UserError(f"unknown command '{verb}': use one of {', '.join(VERBS)}"
+                            + (f" (did you mean {near[0]}?)" if near else ""))
+    kinds = {f.name: f.type for f in dataclasses.fields(Cfg)} if verb in ("train", "bench") else {}
+    options = {"train": {}, "sample": SAMPLE_OPTIONS, "eval": EVAL_OPTIONS, "bench": BENCH_OPTIONS}[verb]
+    options = {k: v[0] for k, v in options.items()}
+    if verb in ("sample", "eval"):
+        extra = keyword_options(Paper.sample)
+        if verb == "eval":
+            extra.update(keyword_options(getattr(Paper, "nll", None)))
+        options = {**extra, **options}
+    known = {**{k: type(v) if v is not None else str for k, v in options.items()}, **kinds}
+    overrides, chosen = {}, {}
+    for arg in rest:
+        if arg in ("--help", "-h"):
+            print_help(Paper, Cfg, presets, verb, options)
+            raise SystemExit(0)
+        key, eq, text = arg.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if not arg.startswith("--") or key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise UserError(f"unknown key '{arg}' of '{verb}'" + (f": did you mean --{near[0]}?" if near else ": see --help"))
+        if not eq and known[key] is not bool:
+            raise UserError(f"--{key} needs a value: --{key}=...")
+        (overrides if key in kinds else chosen)[key] = parse_value(key, text if eq else "true", known[key])
+    if overrides.get("preset", "tiny") not in presets:
+        near = difflib.get_close_matches(overrides["preset"], presets, 1)
+        raise UserError(f"--preset={overrides['preset']}: no such preset; one of {', '.join(presets)}"
+                        + (f" (did you mean {near[0]}?)" if near else ""))
+    return verb, overrides, {**options, **chosen}
+
+
+def print_help(Paper, Cfg, presets, verb, options):
+    name = paper_name(Paper)
+    print(f"python {name}.py [{' | '.join(VERBS)}] --key=value ...     presets: {', '.join(presets)}\n")
+    notes = {k: v[1] for table in (SAMPLE_OPTIONS, EVAL_OPTIONS, BENCH_OPTIONS) for k, v in table.items()}
+    for k, v in options.items():
+        print(f"  --{k}={v}".ljust(34) + notes.get(k, f"option of {Paper.__name__}'s {verb}"))
+    if verb in ("train", "bench"):
+        notes = comments_of(Cfg)
+        for f in dataclasses.fields(Cfg):
+            default = f.default if f.default is not dataclasses.MISSING else ""
+            print(f"  --{f.name}={default}".ljust(34) + notes.get(f.name, ""))
+        print("\npresets change:")
+        for preset, values in presets.items():
+            print(f"  {preset}: " + " ".join(f"{k}={v}" for k, v in values.items()))
+
+
+def choose_preset(Paper, Cfg, presets, overrides, world):
+    """Name of the preset in force and, when it was not asked for, why (design: a CPU always takes tiny)."""
+    if "preset" in overrides:
+        return overrides["preset"], "as asked"
+    main_preset = next((p for p in ("owt", "owt-b", "roc") if p in presets), "tiny")
+    if world.device.type == "cpu":
+        return "tiny", f"no GPU: pass --preset={main_preset} to train at paper scale"
+    corpus = {**dataclasses.asdict(Cfg()), **presets[main_preset]}["data"]
+    if data.is_ready(corpus):
+        return main_preset, "the paper's setting"
+    if world.size > 1:
+        raise UserError(f"preset {main_preset} needs the corpus '{corpus}': run python data.py {corpus} (or pass --preset=tiny)")
+    return "tiny", f"the corpus of preset {main_preset} is not there: python data.py {corpus}"
+
+
+def make_config(Cfg, presets, preset, overrides):
+    """Dataclass default < preset < (stage preset) < --key=value, with the checks that every paper needs."""
+    values = dict(presets[preset])
+    if overrides.get("stage", values.get("stage", "train")) != "train":
+        values.update(presets.get(f"{preset}-distill", {}))
+    cfg = Cfg(**{**values, **overrides, "preset": preset})
+    for key in ("batch", "accum", "steps", "length", "log_every", "save_every", "d_model", "n_head", "cond_dim", "threads"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"--{key}={getattr(cfg, key)}: must be at least 1")
+    for key, allowed in (("lr_schedule", ("constant", "cosine", "linear")), ("stage", ("train", "distill")),
+                         ("compile", ("auto", "true", "false")), ("precision", ("auto", "bf16", "fp32"))):
+        if getattr(cfg, key) not in allowed:
+            raise UserError(f"--{key}={getattr(cfg, key)}: use one of {', '.join(allowed)}")
+    for key in ("n_layer", "warmup", "clip", "val_every", "sample_every", "vocab", "lr", "seed", "weight_decay"):
+        if getattr(cfg, key) < 0:
+            raise UserError(f"--{key}={getattr(cfg, key)}: must not be negative")
+    if not 0 <= cfg.dropout < 1 or not 0 <= cfg.ema < 1:
+        raise UserError(f"--dropout={cfg.dropout} --ema={cfg.ema}: both must lie in [0, 1)")
+    return cfg
+
+
+# --- 7. ranks, seeds, files ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class World:
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+
+def start_world():
+    """The process group under torchrun (NCCL on CUDA, gloo on a CPU), a world of one otherwise."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        import datetime
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(minutes=10))
+    return World(dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else World(device=device)
+
+
+def all_reduce_mean(x):
+    """Mean over the ranks, in place and without gradient; itself in a world of one."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def reseed(*key):
+    """Make torch's generators a function of (seed, step, micro-step, rank): resume needs no RNG state at all."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def paper_name(Paper):
+    return pathlib.Path(inspect.getfile(Paper)).stem
+
+
+def write_atomic(path, text):
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def plain(value):
+    """Non-finite numbers become strings, so that every line of metrics.jsonl is valid JSON."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append_metrics(out, **record):
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write(json.dumps({k: plain(v) for k, v in record.items()}) + "\n")
+
+
+def read_metrics(out):
+    """Whole lines of metrics.jsonl; a line cut short by a kill is dropped."""
+    records = []
+    if (out / "metrics.jsonl").exists():
+        for line in (out / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+def open_run(cfg, name, world):
+    """The run folder, its config.json, and a refusal when the folder holds a run of another configuration."""
+    suffix = "-distill" + str(getattr(cfg, "student_steps", "") or "") if cfg.stage == "distill" else ""
+    out = pathlib.Path(cfg.out or f"out/{name}-{cfg.preset}{suffix}")
+    config = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "out"} | {"paper": name}
+    file = out / "config.json"
+    if file.exists():
+        try:
+            old = json.loads(file.read_text())
+        except json.JSONDecodeError:
+            raise UserError(f"{file} is not valid JSON: restore it, or choose another folder with --out=") from None
+        for key in sorted(set(config) | set(old)):
+            same = old.get(key, "(absent)") == config.get(key, "(absent)") or key == "log_every"
+            grown = key == "steps" and cfg.lr_schedule == "constant" and old.get("steps", 0) <= cfg.steps
+            if not same and not grown:
+                raise UserError(f"{out} holds another run: {key}={old.get(key)} there, {key}={config.get(key)} here; "
+                                f"choose another folder with --out= or remove {out}")
+    if world.rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, json.dumps(config, indent=1))
+        except OSError as e:
+            raise UserError(f"cannot write to {out}: {e.strerror}; choose another folder with --out=") from None
+    return out
+
+
+# --- 8. checkpoints --------------------------------------------------------------------------------
+
+FORMAT = 1
+
+
+class HashingFile:
+    """Passes writes on and hashes them: the digest is ready when the file is."""
+
+    def __init__(self, file):
+        self.file, self.hash = file, hashlib.sha256()
+
+    def write(self, block):
+        self.hash.update(block)
+        return self.file.write(block)
+
+    def flush(self):
+        self.file.flush()
+
+
+def save_checkpoint(path, payload):
+    """torch.save to a temporary file with a sha256 trailer, flushed, then renamed; the previous one becomes ckpt.prev.pt.
+
+    Between the two renames only ckpt.prev.pt exists, so loading looks for both. Nothing is renamed if writing fails.
+    """
+    tmp, prev = path.with_suffix(".tmp"), path.with_suffix(".prev.pt")
+    try:
+        with open(tmp, "wb") as f:
+            hashing = HashingFile(f)
+            torch.save(payload, hashing)
+            f.write(b"sha256:" + hashing.hash.digest())
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:
+        tmp.unlink(missing_ok=True)
+        kept = f"; {path} of the last save is intact" if path.exists() else ""
+        raise UserError(f"cannot write the checkpoint {path} ({str(e).splitlines()[0]}): free some space{kept}") from None
+    if path.exists():
+        os.replace(path, prev)
+    os.replace(tmp, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def verify_trailer(path):
+    """True when the file carries our sha256 trailer and it matches, False without a trailer; a mismatch is refused."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        f.seek(max(0, size - 39))
+        trailer = f.read()
+        if len(trailer) < 39 or not trailer.startswith(b"sha256:"):
+            return False
+        f.seek(0)
+        digest, left = hashlib.sha256(), size - 39
+        while left:
+            block = f.read(min(left, 1 << 22))
+            digest.update(block)
+            left -= len(block)
+    if digest.digest() != trailer[7:]:
+        raise UserError(damaged(path, "its checksum does not match its content"))
+    return True
+
+
+def damaged(path, why):
+    prev = path.with_name("ckpt.prev.pt")
+    remedy = f"; the save before it is {prev}: rename it to {path.name}" if path.name == "ckpt.pt" and prev.exists() else ""
+    return f"{path} is damaged: {why}{remedy}"
+
+
+def load_checkpoint(path, paper=None):
+    """Our own checkpoint as a dict of tensors and plain values (weights_only), checked before it is read."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}")
+    if not verify_trailer(path):
+        raise UserError(damaged(path, "it is truncated, or not a checkpoint of this project"))
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        raise UserError(damaged(path, str(e).splitlines()[0])) from None
+    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
+        version = ckpt.get("format", "none") if isinstance(ckpt, dict) else "none"
+        raise UserError(f"{path} has checkpoint format {version}; this code reads format {FORMAT}")
+    if paper and ckpt["paper"] != paper:
+        raise UserError(f"{path} is a checkpoint of {ckpt['paper']}.py, not of {paper}.py")
+    return ckpt
+
+
+class _Inert:
+    """Stands in for every class of a published pickle that is not a tensor; nothing in it runs."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
+
+
+class _TensorsOnly(pickle.Unpickler):
+    """Reads the data.pkl of a torch.save archive: rebuilds tensors, maps every other class to `_Inert`."""
+
+    def __init__(self, archive, root):
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self.archive, self.root, self.storages = archive, root, {}
+
+    def find_class(self, module, name):
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return lambda tensor, *_: tensor
+        if module == "torch" and name.endswith("Storage"):
+            kinds = {"Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
+                     "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"}
+            return getattr(torch, kinds.get(name.removesuffix("Storage"), "uint8"))
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        return type(name, (_Inert,), {})
+
+    def persistent_load(self, pid):
+        _, dtype, key, _, count = pid
+        if key not in self.storages:
+            raw = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+            self.storages[key] = torch.frombuffer(raw, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        return self.storages[key]
+
+
+def load_published(path):
+    """Raw dict of a published file: .safetensors, or a torch archive read without running anything it contains."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+            raw = bytearray(path.read_bytes())
+            start = 8 + struct.unpack("<Q", raw[:8])[0]
+            header = json.loads(raw[8:start])
+            header.pop("__metadata__", None)
+            spans = {k: (v, *v["data_offsets"]) for k, v in header.items()}
+            return {k: torch.frombuffer(raw, dtype=kinds[v["dtype"]], offset=start + a, count=math.prod(v["shape"])).view(
+                v["shape"]) if b > a else torch.empty(v["shape"]) for k, (v, a, b) in spans.items()}
+        with zipfile.ZipFile(path) as archive:
+            root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("/data.pkl")
+            raw = _TensorsOnly(archive, root).load()
+    except (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, ValueError, KeyError, StopIteration, EOFError,
+            AttributeError, TypeError, IndexError, RuntimeError, NotImplementedError) as e:
+        raise UserError(f"{path} cannot be read as .safetensors or a torch archive ({type(e).__name__}: {e})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no dict of tensors")
+    return raw
+
+
+def load_weights(model, state, source):
+    """Strict load by name; the first missing, unexpected and wrong-shaped names are printed with both shapes."""
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor)}
+    problems = [f"missing {k} {own[k]}" for k in own if k not in given][:1]
+    problems += [f"unexpected {k} {given[k]}" for k in given if k not in own][:1]
+    problems += [f"{k} is {given[k]} there, {own[k]} here" for k in own if k in given and given[k] != own[k]][:1]
+    if problems:
+        raise UserError(f"{source} does not fit this model: " + "; ".join(problems))
+    model.load_state_dict({k: state[k] for k in own})
+
+
+def initial_weights(model, path):
+    """--init: the EMA weights of a checkpoint of ours, or a published file by way of the paper's `published`."""
+    path = pathlib.Path(path)
+    if path.exists() and path.suffix != ".safetensors" and verify_trailer(path):
+        ckpt = load_checkpoint(path)
+        state = {**ckpt["model"], **ckpt["ema"]}
+    else:
+        raw = load_published(path)
+        state = model.published(raw) if hasattr(model, "published") else raw
+        state = {k: v for k, v in state.items() if not k.endswith("inv_freq")}
+    load_weights(model, state, path)
+
+
+def gather(x):
+    """A sharded (FSDP2) tensor made whole, a plain one as it is; all ranks must call it together."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def local(x):
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def like(whole, x):
+    """The whole tensor cut the way `x` is sharded."""
+    if not hasattr(x, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole.to(x.device), x.device_mesh, x.placements)
+
+
+# --- 9. training loop ------------------------------------------------------------------------------
+
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}     # dense bf16
+
+
+def lr_factor(cfg, step, schedule=None):
+    """Fraction of the peak learning rate at `step`; with a warm-up the first step has 0, as published."""
+    if step < cfg.warmup:
+        return step / cfg.warmup
+    done = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    decay = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[schedule or cfg.lr_schedule]
+    return cfg.min_lr + (1 - cfg.min_lr) * decay
+
+
+def build(Paper, cfg, world):
+    """Model on its device: initial weights, precision, sharding and compilation as the configuration says."""
+    torch.manual_seed(cfg.seed)             # every rank starts from the same weights
+    model = Paper(cfg).to(world.device)
+    if cfg.init:
+        initial_weights(model, cfg.init)
+    on_gpu = world.device.type == "cuda"
+    for m in model.modules():
+        if hasattr(m, "amp"):
+            m.amp = cfg.precision == "bf16" or cfg.precision == "auto" and on_gpu
+    return model
+
+
+def compile_and_shard(model, cfg, world):
+    """In-place compilation of every block (one graph serves all of them), then FSDP2 over the blocks."""
+    blocks = [m for m in model.modules() if getattr(m, "compile_me", False)]
+    if cfg.compile == "true" or cfg.compile == "auto" and world.device.type == "cuda":
+        torch._dynamo.config.recompile_limit = 32   # train, self-conditioning, validation and sampling shapes of one block
+        compile_heads()
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    if cfg.shard:
+        if world.size == 1:
+            raise UserError("--shard=true needs several ranks: start it with torchrun")
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+
+
+def make_optimizers(model, cfg):
+    """One optimiser per class named in the paper's groups (fused AdamW unless said otherwise)."""
+    groups = model.param_groups() if hasattr(model, "param_groups") else [dict(params=model.parameters())]
+    classes, seen = {}, set()
+    for g in groups:
+        g = dict(g)
+        params = [p for p in g.pop("params") if p.requires_grad]
+        seen.update(map(id, params))
+        cls, clip, schedule = g.pop("optimizer", torch.optim.AdamW), g.pop("clip", "main"), g.pop("lr_schedule", None)
+        if cls is torch.optim.AdamW:
+            g = {"betas": (cfg.beta1, cfg.beta2), "eps": cfg.adam_eps, "weight_decay": cfg.weight_decay, "fused": True, **g}
+        for sharded in (False, True):       # a fused step takes plain or sharded tensors, not both
+            part = [p for p in params if hasattr(p, "full_tensor") == sharded]
+            if part:
+                classes.setdefault(cls, []).append((part, clip, schedule, {"lr": cfg.lr, **g}))
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in seen]
+    assert not missing, f"param_groups leaves out {missing}"
+    optimizers = []
+    for cls, entries in classes.items():
+        shared = set.intersection(*(set(e[3]) for e in entries)) - {"lr", "weight_decay", "betas", "eps", "fused", "params"}
+        opt = cls([{"params": e[0], **{k: v for k, v in e[3].items() if k not in shared}} for e in entries],
+                  **{k: entries[0][3][k] for k in shared})
+        for group, (_, clip, schedule, _) in zip(opt.param_groups, entries):
+            group.update(clip=clip, schedule=schedule, peak_lr=group["lr"])
+        optimizers.append(opt)
+    return optimizers
+
+
+def reduce_gradients(params, world, bucket_bytes=2 ** 27):
+    """Mean of the gradients over the ranks, in flat buckets (zeros for a missing one, so the buckets always agree).
+
+    differs from DDP: no overlap with the backward pass (about 3 ms of 100 at 0.5 GB over NVLink) and in return no
+    unused-parameter failures, no name prefixes, no hooks inside compiled code. FSDP2 reduces its own shards.
+    """
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if world.size == 1:
+        return
+    buckets, size = [[]], 0
+    for g in (p.grad for p in params if not hasattr(p, "full_tensor")):
+        if buckets[-1] and (size + g.nbytes > bucket_bytes or g.dtype != buckets[-1][0].dtype):
+            buckets, size = buckets + [[]], 0
+        buckets[-1].append(g)
+        size += g.nbytes
+    flats = [torch.cat([g.reshape(-1) for g in b]) for b in buckets if b]
+    works = [dist.all_reduce(f, async_op=True) for f in flats]
+    for bucket, flat, work in zip(buckets, flats, works):
+        work.wait()
+        flat /= world.size
+        for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+            g.copy_(part.view_as(g))
+
+
+def clip_gradients(optimizers, limit, world):
+    """Clip each named set of groups to the global norm `limit` (0 = measure only); returns the total norm, on device."""
+    sets = {}
+    for group in (g for opt in optimizers for g in opt.param_groups):
+        sets.setdefault(group["clip"], []).extend(p.grad for p in group["params"])
+    total = 0
+    for grads in sets.values():
+        squares = []
+        for sharded in (False, True):
+            part = [local(g) for g in grads if hasattr(g, "full_tensor") == sharded]
+            if part:
+                squares.append(torch.stack(torch._foreach_norm(part)).float().square().sum())
+                if sharded:
+                    dist.all_reduce(squares[-1])
+        norm = sum(squares).sqrt()
+        if limit:
+            torch._foreach_mul_([local(g) for g in grads], (limit / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
+        total = total + norm.square()
+    return total.sqrt()
+
+
+class Batches:
+    """Micro-batches of the run in order, made on a background thread and copied to the GPU without blocking.
+
+    Rows are a function of (seed, step), so the data position of a checkpoint is its step. Pinned memory is reused by
+    torch's host allocator. On a CPU the batch is made in place: there is nothing to overlap.
+    """
+
+    def __init__(self, corpus, cfg, world, start):
+        self.corpus, self.cfg, self.world, self.start = corpus, cfg, world, start
+        self.n_local = cfg.batch // (world.size * cfg.accum)
+        if world.device.type == "cuda":
+            import queue
+            self.queue = queue.Queue(maxsize=3)
+            threading.Thread(target=self._fill, daemon=True).start()
+
+    def make(self, step, micro):
+        cfg, world = self.cfg, self.world
+        first = (world.rank * cfg.accum + micro) * self.n_local
+        batch = self.corpus.train_batch(cfg.seed, step, first, self.n_local, cfg.batch)
+        return batch | {"rows": Rows(cfg.seed, step, first, self.n_local, cfg.batch)}
+
+    def _fill(self):
+        for step in range(self.start, self.cfg.steps):
+            for micro in range(self.cfg.accum):
+                try:
+                    batch = self.make(step, micro)
+                    self.queue.put({k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+                except Exception as e:      # handed to the training thread, which raises it
+                    self.queue.put(e)
+                    return
+
+    def get(self, step, micro):
+        if self.world.device.type != "cuda":
+            return self.make(step, micro)
+        batch = self.queue.get()
+        if isinstance(batch, Exception):
+            raise batch
+        return {k: v.to(self.world.device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+class Stop:
+    """SIGTERM and SIGINT set a flag that the loop reads at the end of a step; a second signal exits at once."""
+
+    def __init__(self):
+        self.signum = 0
+        if threading.current_thread() is threading.main_thread():
+            for s in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(s, self)
+
+    def __call__(self, signum, frame):
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum
+
+
+def duration(seconds):
+    seconds = int(seconds)
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
+
+
+def count(n):
+    unit, letter = next(((d, u) for d, u in ((1e9, "B"), (1e6, "M"), (1e4, "k")) if n >= d), (1, ""))
+    return f"{n / min(unit, 1e3):.0f}k" if letter == "k" else f"{n / unit:.1f}{letter}" if letter else f"{n:,.0f}"
+
+
+class Printer:
+    """Rank 0 prints; on a terminal the line between two log points is a live one."""
+
+    def __init__(self, world):
+        self.on, self.live = world.rank == 0, world.rank == 0 and sys.stdout.isatty()
+
+    def __call__(self, text=""):
+        if self.on:
+            print(("\r\x1b[K" if self.live else "") + text, flush=True)
+
+    def update(self, text):
+        if self.live:
+            print("\r\x1b[K" + text, end="", flush=True)
+
+
+class Run:
+    """Everything a checkpoint holds: model, EMA, optimisers, step, and the sums behind the next training line."""
+
+    def __init__(self, Paper, cfg, world, corpus, out):
+        self.cfg, self.world, self.corpus, self.out, self.name = cfg, world, corpus, out, paper_name(Paper)
+        self.model = build(Paper, cfg, world)
+        self.step, self.skipped, self.elapsed, self.sums = 0, 0, 0.0, {}
+        self.path = out / "ckpt.pt"
+        source = self.path if self.path.exists() else out / "ckpt.prev.pt"
+        ckpt = load_checkpoint(source, self.name) if source.exists() else None
+        if cfg.stage == "distill":
+            self.model.attach_teacher(load_teacher(Paper, cfg, world), fresh=ckpt is None)
+        if ckpt:
+            load_weights(self.model, ckpt["model"], source)
+        compile_and_shard(self.model, cfg, world)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.names = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        self.ema = [p.detach().clone() for p in self.params]
+        self.optimizers = make_optimizers(self.model, cfg)
+        if ckpt:
+            self.restore(ckpt)
+        self.bad = torch.zeros((), device=world.device)         # consecutive skipped steps
+
+    def restore(self, ckpt):
+        self.step, self.elapsed, self.skipped = ckpt["step"], ckpt["stats"]["elapsed"], ckpt["stats"]["skipped"]
+        self.sums = {k: v.to(self.world.device) for k, v in ckpt["sums"].items()}
+        for e, name in zip(self.ema, self.names):
+            e.copy_(like(ckpt["ema"][name], e))
+        for opt, state in zip(self.optimizers, ckpt["optimizer"]):
+            params = [p for g in opt.param_groups for p in g["params"]]
+            state["state"] = {i: {k: like(v, params[i]) if v.shape == params[i].shape else v for k, v in s.items()}
+                              for i, s in state["state"].items()}
+            opt.load_state_dict(state)
+
+    def save(self):
+        whole = {k: gather(v).cpu() for k, v in self.model.state_dict().items()}
+        ema = {n: gather(e).cpu() for n, e in zip(self.names, self.ema)}
+        optimizer = []
+        for opt in self.optimizers:
+            state = opt.state_dict()
+            state["state"] = {i: {k: gather(v).cpu() if isinstance(v, torch.Tensor) else v for k, v in s.items()}
+                              for i, s in state["state"].items()}
+            optimizer.append(state)
+        if self.world.rank == 0:
+            save_checkpoint(self.path, dict(
+                format=FORMAT, paper=self.name, config=dataclasses.asdict(self.cfg), step=self.step, model=whole, ema=ema,
+                optimizer=optimizer, sums={k: v.cpu() for k, v in self.sums.items()},
+                stats=dict(elapsed=self.elapsed, skipped=self.skipped)))
+        if self.world.size > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """The model in eval mode with its EMA weights swapped in; the live weights come back afterwards."""
+        live = [p.detach().clone() for p in self.params]
+        with torch.no_grad():
+            torch._foreach_copy_([local(p.detach()) for p in self.params], [local(e) for e in self.ema])
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_([local(p.detach()) for p in self.params], [local(p) for p in live])
+            self.model.train()
+
+    def train_step(self, batches):
+        """One optimiser step: forward and backward per micro-step, reduce, clip, update, average. No host sync."""
+        cfg, step = self.cfg, self.step
+        for micro in range(cfg.accum):
+            batch = batches.get(step, micro)
+            reseed(cfg.seed, step, micro, self.world.rank)
+            loss, metrics = self.model.loss(batch)
+            (loss / cfg.accum).backward()
+            for k, v in {"loss": loss.detach(), **metrics}.items():
+                self.sums[k] = self.sums.get(k, 0) + v.float() / cfg.accum
+        reduce_gradients(self.params, self.world)
+        norm = clip_gradients(self.optimizers, cfg.clip if step >= cfg.clip_from else 0, self.world)
+        found_inf = (~torch.isfinite(norm)).float()
+        for opt in self.optimizers:
+            for g in opt.param_groups:
+                g["lr"] = g["peak_lr"] * lr_factor(cfg, step, g["schedule"])
+            opt.found_inf, opt.grad_scale = found_inf, None     # a non-finite step leaves weights and state untouched
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        decay = min(cfg.ema, (2 + step) / (11 + step)) if cfg.ema_warmup else cfg.ema       # n counts from 1
+        with torch.no_grad():
+            torch._foreach_lerp_([local(e) for e in self.ema], [local(p.detach()) for p in self.params], 1 - decay)
+            if hasattr(self.model, "after_step"):
+                self.model.after_step(step, found_inf == 0)
+        self.sums["gnorm"] = self.sums.get("gnorm", 0) + norm
+        self.sums["count"] = self.sums.get("count", 0) + torch.ones((), device=norm.device)
+        self.bad = (self.bad + 1) * found_inf
+        self.sums["skipped"] = self.sums.get("skipped", 0) + found_inf
+        self.step += 1
+
+
+def load_teacher(Paper, cfg, world):
+    """The frozen teacher of --stage=distill: its own configuration, its EMA weights, eval mode."""
+    ckpt = load_checkpoint(cfg.teacher, paper_name(Paper))
+    fields = {f.name for f in dataclasses.fields(type(cfg))}
+    teacher_cfg = type(cfg)(**{k: v for k, v in ckpt["config"].items() if k in fields})
+    teacher_cfg.init = ""
+    teacher = Paper(teacher_cfg).to(world.device)
+    load_weights(teacher, {**ckpt["model"], **ckpt["ema"]}, cfg.teacher)
+    for m in teacher.modules():
+        if hasattr(m, "amp"):
+            m.amp = cfg.precision == "bf16" or cfg.precision == "auto" and world.device.type == "cuda"
+    return teacher.eval().requires_grad_(False)
+
+
+class NonFinite(Exception):
+    """Ten updates in a row were skipped."""
+
+
+class Flags:
+    """Agrees on (signal, consecutive skips) over the ranks and reads the values of the step before: no host sync."""
+
+    def __init__(self, world):
+        self.world, pin = world, world.device.type == "cuda"
+        self.host = [torch.zeros(2, pin_memory=pin) for _ in range(2)]
+        self.event = torch.cuda.Event() if pin else None
+
+    def exchange(self, signum, bad):
+        if self.event:
+            self.event.synchronize()
+        seen = self.host[1].tolist()
+        flags = torch.stack([torch.full((), float(signum), device=bad.device), bad])
+        if self.world.size > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        self.host.reverse()
+        self.host[1].copy_(flags, non_blocking=True)
+        if self.event:
+            self.event.record()
+        return int(seen[0]), int(seen[1])
+
+
+def load_corpus(Paper, cfg):
+    """The corpus of cfg; fills cfg.vocab and cfg.unigram_entropy from it."""
+    corpus = data.load(cfg.data, tokenizer=cfg.tokenizer, length=cfg.length)
+    if corpus.conditional and not getattr(Paper, "conditional", False):
+        raise UserError(f"--data={cfg.data} holds (source, target) pairs: only elf.py trains on pairs")
+    if 0 < cfg.vocab < corpus.vocab:
+        raise UserError(f"--vocab={cfg.vocab} is smaller than the corpus's vocabulary of {corpus.vocab}")
+    cfg.vocab = cfg.vocab or corpus.vocab
+    cfg.unigram_entropy = cfg.unigram_entropy or round(float(corpus.unigram_entropy), 6)
+    return corpus
+
+
+def flops_per_token(model, cfg, train=True):
+    if hasattr(model, "flops_per_token"):
+        return model.flops_per_token(train)
+    head = 2 * cfg.vocab * cfg.d_model
+    return (3 if train else 1) * (trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio) + head)
+
+
+def mfu(flops_per_second, world):
+    """', mfu 41%' on a GPU whose bf16 peak is known, '' elsewhere."""
+    if world.device.type != "cuda":
+        return ""
+    name = torch.cuda.get_device_name(world.device)
+    peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
+    return f"  mfu {100 * flops_per_second / (peak * 1e12 * world.size):.0f}%" if peak else ""
+
+
+def peak_memory(world):
+    """Peak memory in GB: of the allocator on CUDA, of the process on a CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+@torch.no_grad()
+def score(model, corpus, world, rows, micro, split="val", seed=0, **options):
+    """Bound over `rows` sequences spread evenly over the split (0 = all), rank-sharded, at the micro-batch shape.
+
+    Returns dict(value, se, tokens, rows, <terms>): nats per counted token, standard error over sequences. A paper
+    without `nll` gets the means of its `val_keys` instead. Draws depend on (seed, batch, rank): the same at every call.
+    """
+    total = corpus.n_rows(split)
+    if total == 0:
+        raise UserError(f"corpus {corpus.name} has no sequence of {corpus.length} tokens in its {split} split")
+    n = min(rows or total, total)
+    index = np.linspace(0, total - 1, n).round().astype(np.int64)
+    names, sums = [], None
+    for b in range(-(-n // (micro * world.size))):      # every rank runs as many batches: collectives stay in step
+        at = (b * world.size + world.rank) * micro + np.arange(micro)
+        batch = {k: v.to(world.device) for k, v in corpus.rows(split, index[at % n]).items()}
+        live = torch.from_numpy(at < n).to(world.device).double()
+        reseed(seed, 2 ** 31, b, world.rank)
+        if hasattr(model, "nll"):
+            mask = batch.get("mask")
+            out = model.nll(batch["tokens"], mask, **options)
+            counted = (torch.full_like(live, corpus.length) if mask is None else mask.sum(1).double()) * live
+            nll = out.pop("nll").double() * live
+            part = [live, counted, nll, nll ** 2, counted ** 2, nll * counted] + [v.double() * live for v in out.values()]
+            names, part = list(out), torch.stack([p.sum() for p in part])
+        else:
+            batch["rows"] = Rows(seed, b, world.rank * micro, micro, micro * world.size)
+            _, metrics = model.loss(batch)
+            names = [k for k in model.val_keys if k in metrics]
+            part = torch.stack([torch.ones((), device=world.device)] + [metrics[k] for k in names]).double()
+        sums = part if sums is None else sums + part
+    if world.size > 1:
+        dist.all_reduce(sums)
+    s = sums.tolist()
+    if not hasattr(model, "nll"):
+        return dict(rows=n) | {k: v / s[0] for k, v in zip(names, s[1:])}
+    seqs, tokens, mean = s[0], s[1], s[2] / s[1]
+    variance = max(0.0, s[3] - 2 * mean * s[5] + mean ** 2 * s[4])      # of sum(nll_i - mean * tokens_i)
+    return dict(value=mean, se=variance ** 0.5 / tokens, tokens=int(tokens), rows=int(seqs)) | {
+        k: v / tokens for k, v in zip(names, s[6:])}
+
+
+@torch.no_grad()
+def draw(model, corpus, n, steps, seed=0, micro=32, length=0, known=None, known_mask=None, watch=None, **options):
+    """n samples as ids [n, L] on the CPU, at most `micro` at a time; the same seed gives the same text."""
+    model.eval()
+    length, parts = length or corpus.length, []
+    for i in range(0, n, micro):
+        reseed(seed, 2 ** 31 + 1, i, 0)
+        rows = slice(i, min(i + micro, n))
+        part = [None if x is None else x[rows] for x in (known, known_mask)]
+        parts.append(model.sample(rows.stop - i, length, steps, known=part[0], known_mask=part[1], watch=watch, **options).cpu())
+    return torch.cat(parts)
+
+
+def show(corpus, ids, limit=0):
+    """Text of one sample on one line; line breaks are shown as a mark."""
+    text = corpus.decode(ids.tolist()).replace("\r", "").replace("\n", "⏎")
+    text = "".join(c if c.isprintable() else "·" for c in text)
+    return text[:limit] if limit else text
+
+
+def val_text(val):
+    if "value" in val:
+        return f"val {val['value']:.3f}"
+    return "  ".join(f"val_{k} {v:.3f}" for k, v in val.items() if k != "rows")
+
+
+def bound_text(val, corpus, model, options=None):
+    """The closing line of a run: the bound in nats per token and bits per byte beside the corpus's references."""
+    refs = corpus.references()
+    tail = f"unigram {refs['unigram']:.3f}, bigram {refs['bigram']:.3f} nats/token"
+    if "value" not in val:
+        return val_text(val) + f" (no likelihood bound in this paper) | {tail}"
+    name = model.describe_nll(**(options or {})) if hasattr(model, "describe_nll") else "bound"
+    bits = val["value"] / math.log(2) / corpus.bytes_per_token("val")
+    below = refs["unigram"] - val["value"]
+    return (f"{name} {val['value']:.3f} ± {val['se']:.3f} nats/token, {bits:.2f} bits/byte, "
+            f"{val['rows']} sequences | {tail} | {abs(below):.3f} {'below' if below > 0 else 'ABOVE'} unigram")
+
+
+def train(Paper, Cfg, presets, overrides, world):
+    """The training loop. Order of a step: batch, forward and backward, reduce, clip, update, average; log, validate, save."""
+    say = Printer(world)
+    preset, why = choose_preset(Paper, Cfg, presets, overrides, world)
+    cfg = make_config(Cfg, presets, preset, overrides)
+    if world.device.type == "cpu":
+        torch.set_num_threads(cfg.threads)
+    if cfg.batch % (world.size * cfg.accum):
+        raise UserError(f"--batch={cfg.batch} is not divisible by {world.size} ranks x {cfg.accum} micro-steps (--accum)")
+    if cfg.stage == "distill":
+        if not cfg.teacher:
+            raise UserError("--stage=distill needs --teacher=CKPT, the ckpt.pt of the run to distil")
+        load_checkpoint(cfg.teacher, paper_name(Paper))
+    name, corpus = paper_name(Paper), load_corpus(Paper, cfg)
+    out = open_run(cfg, name, world)
+    say(f"{name}  preset {preset} ({why})          {out}")
+    run = Run(Paper, cfg, world, corpus, out)
+    model, micro = run.model, cfg.batch // (world.size * cfg.accum)
+    n_params = sum(p.numel() for p in model.parameters())
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"cpu, {cfg.threads} threads"
+    say(f"{device} x {world.size} | torch {torch.__version__} | {count(n_params)} parameters | "
+        f"{flops_per_token(model, cfg) / 1e6:.1f} MFLOP/token | {count(cfg.batch * cfg.length)} tokens/step")
+    say(f"{corpus.describe()} | {'resumed at step ' + str(run.step) if run.step else 'fresh start'}, seed {cfg.seed}")
+    if shutil.disk_usage(out).free < 3 * 16 * n_params:
+        raise UserError(f"{out}: less than {3 * 16 * n_params / 1e9:.1f} GB free for three checkpoints; free some space")
+    finished = run.step >= cfg.steps
+    old = [r for r in read_metrics(out) if r.get("step", 0) <= run.step and (finished or r.get("kind") != "final")]
+    if world.rank == 0:                     # lines past the checkpoint are cut: no step appears twice
+        write_atomic(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in old))
+    final = next((r for r in reversed(old) if r["kind"] == "final"), None)
+    if finished and final:
+        say(f"finished at step {run.step}: " + final["text"])
+        return 0
+    batches, stop, flags = Batches(corpus, cfg, world, run.step), Stop(), Flags(world)
+    start, marks, paused, times = run.step, (None, 0), 0.0, []
+    log = (lambda **r: append_metrics(out, **r)) if world.rank == 0 else (lambda **r: None)
+    model.train()
+    while run.step < cfg.steps:
+        t0 = time.perf_counter()
+        run.train_step(batches)
+        times = times[-49:] + [time.perf_counter() - t0]
+        signum, bad = flags.exchange(stop.signum, run.bad)
+        step = run.step
+        if bad >= 10:
+            raise NonFinite(f"{bad} updates in a row were not finite: stopped at step {step}; "
+                            f"the last good checkpoint is {run.path}" + ("" if run.path.exists() else " (none yet)"))
+        run.elapsed += times[-1]
+        if step == start + 1:
+            gc_freeze()
+            if times[-1] > 20:
+                say(f"first step (with compilation) took {times[-1]:.0f} s")
+        if step == start + 5 or marks[0] is None and step == start + 1:
+            marks, paused = (time.perf_counter(), step), 0.0
+        pause = time.perf_counter()
+        if step % cfg.log_every == 0 or step == cfg.steps:
+            means = flush(run)
+            seconds = time.perf_counter() - marks[0] - paused
+            rate = (step - marks[1]) * cfg.batch * cfg.length / seconds if step > marks[1] and seconds > 0 else 0.0
+            marks, paused = (time.perf_counter(), step), 0.0
+            pause = marks[0]
+            val = {}
+            if cfg.val_every and (step % cfg.val_every == 0) and step < cfg.steps:
+                with run.averaged():
+                    val = score(model, corpus, world, 128, micro)
+            line = f"step {step}/{cfg.steps}  loss {means['loss']:.3f}" + (f"  {val_text(val)}" if val else "")
+            line += "".join(f"  {k} {means[k]:.3f}" for k in getattr(model, "log_keys", ()) if k in means)
+            line += f"  lr {cfg.lr * lr_factor(cfg, step - 1):.1e}  gnorm {means['gnorm']:.2f}"
+            line += f"  {count(rate)} tok/s" + mfu(rate * flops_per_token(model, cfg), world)
+            line += f"  skipped {run.skipped}" if run.skipped else ""
+            say(line + f"  eta {duration(sorted(times)[len(times) // 2] * (cfg.steps - step))}")
+            log(kind="train", step=step, tokens=step * cfg.batch * cfg.length, time=round(run.elapsed, 3),
+                lr=cfg.lr * lr_factor(cfg, step - 1), tok_s=round(rate), **means)
+            if val:
+                log(kind="val", step=step, **val)
+        elif step % 10 == 0:
+            say.update(f"step {step}/{cfg.steps}  {1e3 * times[-1]:.0f} ms/step")
+        if cfg.sample_every and step % cfg.sample_every == 0 and step < cfg.steps:
+            with run.averaged():
+                ids = draw(model, corpus, 2, getattr(model, "default_steps", 64))
+            for i, row in enumerate(ids):
+                say(f"  sample {i + 1}| {show(corpus, row, 150)}")
+            save_samples(out, world, step, corpus, ids)
+        if step % cfg.save_every == 0 or step == cfg.steps or signum:
+            run.save()
+        if signum:
+            say(f"{signal.Signals(signum).name}: saved at step {step}; the same command goes on from there")
+            log(kind="event", step=step, event="stop", signal=signum)
+            return 128 + signum
+        paused += time.perf_counter() - pause
+    return finish(run, say, log, micro)
+
+
+def gc_freeze():
+    """The model's objects stay: take them out of the collector's rounds, whose pauses make ranks wait for each other."""
+    import gc
+    gc.collect()
+    gc.freeze()
+
+
+def flush(run):
+    """Means since the last training line over steps, micro-steps and ranks; resets the sums."""
+    names = sorted(run.sums)
+    values = all_reduce_mean(torch.stack([run.sums[k].float() for k in names])).tolist()
+    means, run.sums = dict(zip(names, values)), {}
+    steps, skipped = means.pop("count"), int(means.pop("skipped"))
+    run.skipped += skipped
+    return {k: v / steps for k, v in means.items()} | {"skipped": run.skipped}
+
+
+def save_samples(out, world, step, corpus, ids, note=""):
+    if world.rank == 0:
+        with open(out / "samples.txt", "a") as f:
+            for row in ids:
+                f.write(f"--- step {step} {note}\n{corpus.decode(row.tolist())}\n")
+
+
+def finish(run, say, log, micro):
+    """The end of a run: the bound beside the references, four samples, and the next command."""
+    with run.averaged() as model:
+        val = score(model, run.corpus, run.world, 256, micro)
+        ids = draw(model, run.corpus, 4, getattr(model, "default_steps", 64))
+    text = bound_text(val, run.corpus, model)
+    say(f"done in {duration(run.elapsed)}, {count(run.step * run.cfg.batch * run.cfg.length)} tokens, "
+        f"peak {peak_memory(run.world):.1f} GB\n{text}")
+    for i, row in enumerate(ids):
+        say(f"  sample {i + 1}| {show(run.corpus, row, 200)}")
+    save_samples(run.out, run.world, run.step, run.corpus, ids)
+    log(kind="final", step=run.step, text=text, **val)
+    say(f"next: python {run.name}.py sample --watch   python {run.name}.py eval   (run folder {run.out})")
+    return 0
+
+
+# --- 10. sample, eval, bench -----------------------------------------------------------------------
+
+
+def load_run(Paper, Cfg, world, out, say):
+    """(model with EMA weights, cfg, corpus, folder, step) of a run folder; without one, of the newest out/<paper>-*."""
+    name = paper_name(Paper)
+    if not out:
+        runs = sorted(pathlib.Path("out").glob(f"{name}-*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise UserError(f"no run of {name}.py under out/: train one with python {name}.py, or name a folder with --out=")
+        out = runs[-1].parent
+        say(f"run folder {out} (the newest; another with --out=)")
+    out = pathlib.Path(out)
+    ckpt = load_checkpoint(out / "ckpt.pt" if (out / "ckpt.pt").exists() else out / "ckpt.prev.pt", name)
+    fields = {f.name for f in dataclasses.fields(Cfg)}
+    cfg = Cfg(**{k: v for k, v in ckpt["config"].items() if k in fields})
+    cfg.init = ""
+    if world.device.type == "cpu":
+        torch.set_num_threads(cfg.threads)
+    corpus = load_corpus(Paper, cfg)
+    model = build(Paper, cfg, world)
+    load_weights(model, {**ckpt["model"], **ckpt["ema"]}, out / "ckpt.pt")
+    cfg.shard = False
+    compile_and_shard(model, cfg, world)
+    return model.eval(), cfg, corpus, out, ckpt["step"]
+
+
+def known_tokens(corpus, n, length, prompt, infill):
+    """(known [n, L], known_mask [n, L]) of a prompt (at the start) or of `a ___ b` (pieces spread over the sequence)."""
+    if not prompt and not infill:
+        return None, None
+    pieces = [prompt] if prompt else infill.split("___")
+    if infill and len(pieces) < 2:
+        raise UserError(f"--infill='{infill}' has no gap: mark it with ___")
+    ids = [corpus.encode(p) for p in pieces]
+    room = length - sum(map(len, ids))
+    if room < 1:
+        raise UserError(f"the given text has {length - room} tokens; the model's length {length} leaves no room")
+    known, mask, at = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool), 0
+    for i, piece in enumerate(ids):
+        known[at:at + len(piece)] = torch.as_tensor(piece, dtype=torch.int64)
+        mask[at:at + len(piece)] = True
+        at += len(piece) + (room // max(1, len(ids) - 1) if i < len(ids) - 2 else 0)
+        if i == len(ids) - 2:
+            at = length - len(ids[-1])
+    return known.expand(n, -1).clone(), mask.expand(n, -1).clone()
+
+
+def sample(Paper, Cfg, options, world):
+    """The `sample` verb: n texts, or with --watch the text while noise turns into words."""
+    say = Printer(world)
+    o = dict(options)
+    n, steps, length = o.pop("n"), o.pop("steps"), o.pop("length")
+    for key, value in (("n", n), ("steps", steps)):
+        if value < 1:
+            raise UserError(f"--{key}={value}: must be at least 1")
+    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, o.pop("out"), say)
+    length = length or cfg.length
+    if not 1 <= length <= cfg.length:
+        raise UserError(f"--length={length}: the model was trained at length {cfg.length}")
+    known, mask = known_tokens(corpus, n, length, o.pop("prompt"), o.pop("infill"))
+    if known is not None:
+        known, mask = known.to(world.device), mask.to(world.device)
+    elif corpus.conditional:                # sources of the validation split
+        rows = corpus.rows("val", np.arange(n) % corpus.n_rows("val"))
+        known = rows["tokens"].to(world.device)
+        mask = torch.arange(known.shape[1], device=world.device) < rows["cond_len"].to(world.device)[:, None]
+    seed, watching = o.pop("seed"), o.pop("watch")
+
+    def watch(k, tokens):
+        lines = [show(corpus, row, 110) for row in tokens[:4].cpu()]
+        if say.live:
+            back = f"\x1b[{len(lines) + 1}A" if k > 0 else ""
+            print(back + f"\x1b[Kstep {k}/{steps}\n" + "".join(f"\x1b[K  {t}\n" for t in lines), end="", flush=True)
+            time.sleep(0.05)                # slow enough to see
+        else:
+            say(f"step {k}/{steps}| {lines[0]}")
+
+    t0 = time.perf_counter()
+    ids = draw(model, corpus, n, steps, seed, max(1, cfg.batch // cfg.accum), length, known, mask,
+               watch if watching else None, **o)
+    seconds = time.perf_counter() - t0
+    for i, row in enumerate(ids):
+        say(f"  sample {i + 1}| {show(corpus, row)}")
+    say(f"{n} x {length} tokens, {steps} steps, {seconds:.1f} s: {n * length / seconds:,.0f} tok/s, "
+        f"{1e3 * seconds / steps:.0f} ms/step; full text in {out / 'samples.txt'}")
+    save_samples(out, world, step, corpus, ids, f"steps={steps} seed={seed} " + " ".join(f"{k}={v}" for k, v in o.items()))
+    return 0
+
+
+def generation_metrics(corpus, ids):
+    """{name: value} of samples [n, L]: the n-gram judge and its scale, with the entropy always beside it."""
+    judge, g = corpus.judge(), np.random.default_rng(0)
+    ids = ids.numpy()
+    held = corpus.rows("val", np.arange(min(len(ids), corpus.n_rows("val"))))["tokens"].numpy()
+    scale = {"held-out text": held, "samples": ids, "unigram text": corpus.unigram_sample(*ids.shape, g),
+             "uniform noise": g.integers(0, corpus.vocab, ids.shape)}
+    table = {k: dict(judge_nll=float(judge.nll(v)), entropy=float(data.entropy(v)), distinct2=float(data.distinct_n(v, 2)))
+             for k, v in scale.items()}
+    texts = [corpus.decode(row.tolist()) for row in ids]
+    table["samples"].update(words_in_corpus=corpus.word_share(texts), copied_8grams=corpus.copied(ids, 8))
+    return table
+
+
+def evaluate(Paper, Cfg, options, world):
+    """The `eval` verb: bound over the split and zero-shot sets, diagnostics, generation metrics; one JSON line of all."""
+    say, o = Printer(world), dict(options)
+    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, o.pop("out"), say)
+    rows, n, steps, sets, gen, seed = (o.pop(k) for k in ("rows", "n", "steps", "sets", "gen_ppl", "seed"))
+    nll_keys, micro = keyword_options(getattr(Paper, "nll", None)), max(1, cfg.batch // (cfg.accum * world.size))
+    nll_options = {k: v for k, v in o.items() if k in nll_keys}
+    sample_options = {k: v for k, v in o.items() if k in keyword_options(Paper.sample)}
+    rows = rows or (64 if nll_options.get("likelihood") == "ode" else 0)
+    record, t0 = dict(kind="eval", step=step, **nll_options), time.perf_counter()
+    for name in [cfg.data] + [s for s in sets.split(",") if s]:
+        text = corpus if name == cfg.data else data.load(name, tokenizer=cfg.tokenizer, length=cfg.length)
+        if text.vocab > cfg.vocab:
+            raise UserError(f"--sets={name}: ids up to {text.vocab - 1}, the model knows {cfg.vocab}")
+        val = score(model, text, world, rows, micro, seed=seed, **nll_options)
+        say(f"{name}: " + bound_text(val, text, model, nll_options))
+        say("".join(f"  {k} {v:.4f}" for k, v in val.items() if k not in ("value", "se", "rows", "tokens")))
+        record[f"val/{name}"] = val
+    say(f"  ({time.perf_counter() - t0:.0f} s)")
+    if hasattr(model, "diagnostics"):
+        for line in model.diagnostics(corpus):
+            say("  " + line)
+    if n and corpus.conditional:
+        record["pairs"] = pair_metrics(model, corpus, n, steps, seed, micro, say, **sample_options)
+    elif n:
+        ids = draw(model, corpus, n, steps, seed, micro, **sample_options)
+        save_samples(out, world, step, corpus, ids, f"eval steps={steps}")
+        record["samples"] = table = generation_metrics(corpus, ids)
+        say(f"{n} samples, {steps} steps".ljust(28) + "judge nll  entropy  distinct-2   (nats/token; nats; share)")
+        for k, v in table.items():
+            say(f"  {k}".ljust(28) + f"{v['judge_nll']:9.3f}{v['entropy']:9.3f}{v['distinct2']:10.3f}")
+        s = table["samples"]
+        say(f"  words found in the corpus {s['words_in_corpus']:.2f}, 8-grams copied from it {s['copied_8grams']:.3f}")
+        if gen:
+            record["gen_ppl"] = data.generative_perplexity([corpus.decode(r.tolist()) for r in ids], gen, world.device)
+            say(f"  generative perplexity under {gen}: {record['gen_ppl']:.2f} (read it with the entropy above)")
+    if world.rank == 0:
+        append_metrics(out, **record)
+    return 0
+
+
+def pair_metrics(model, corpus, n, steps, seed, micro, say, **options):
+    """Exact match and BLEU of targets generated for the first n sources of the validation split."""
+    rows = corpus.rows("val", np.arange(min(n, corpus.n_rows("val"))))
+    tokens, cond_len = rows["tokens"], rows["cond_len"]
+    mask = torch.arange(tokens.shape[1]) < cond_len[:, None]
+    device = next(model.parameters()).device
+    ids = draw(model, corpus, len(tokens), steps, seed, micro, known=tokens.to(device), known_mask=mask.to(device), **options)
+    got, want = ([corpus.decode_target(r.tolist(), int(c)) for r, c in zip(x, cond_len)] for x in (ids, tokens))
+    result = dict(exact=float(np.mean([a == b for a, b in zip(got, want)])), bleu=data.bleu(got, want))
+    for k in range(min(4, len(got))):
+        say(f"  {corpus.decode(tokens[k, :cond_len[k]].tolist())} -> {got[k]}   (reference: {want[k]})")
+    say(f"{len(got)} pairs, {steps} steps: exact match {result['exact']:.3f}, BLEU {result['bleu']:.1f}")
+    return result
+
+
+class _OneBatch:
+    """Stands in for `Batches` in the benchmark: the same random rows every step."""
+
+    def __init__(self, cfg, world):
+        n = cfg.batch // (world.size * cfg.accum)
+        self.batch = {"tokens": torch.randint(cfg.vocab, (n, cfg.length), device=world.device),
+                      "rows": Rows(0, 0, world.rank * n, n, n * world.size)}
+
+    def get(self, step, micro):
+        return dict(self.batch)
+
+
+def bench(Paper, Cfg, presets, overrides, options, world):
+    """The `bench` verb: step time, tokens/s, MFU and peak memory of training and sampling on random tokens."""
+    say = Printer(world)
+    cfg = make_config(Cfg, presets, overrides.get("preset", "tiny"), overrides)
+    if world.device.type == "cpu":
+        torch.set_num_threads(cfg.threads)
+    cfg.vocab = cfg.vocab or data.load(cfg.data, tokenizer=cfg.tokenizer, length=cfg.length).vocab
+    cfg.unigram_entropy = cfg.unigram_entropy or math.log(cfg.vocab)
+    run = Run(Paper, cfg, world, None, pathlib.Path(os.devnull))
+    say(f"{paper_name(Paper)} preset {cfg.preset}: batch {cfg.batch} x {cfg.length}, D {cfg.d_model}, {cfg.n_layer} blocks, "
+        f"V {cfg.vocab}, {count(sum(p.numel() for p in run.params))} parameters, torch {torch.__version__}")
+    batches, times = _OneBatch(cfg, world), []
+    sync = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
+    warm, group = 3, 5 if world.device.type == "cuda" else 1
+    for i in range(warm + options["iters"]):
+        sync()
+        t0 = time.perf_counter()
+        for _ in range(group):
+            run.train_step(batches)
+        sync()
+        times = times + [(time.perf_counter() - t0) / group] if i >= warm else times
+    median = float(np.median(times))
+    rate, flops = cfg.batch * cfg.length / median, flops_per_token(run.model, cfg)
+    say(f"train   {1e3 * median:.1f} ms/step (min {1e3 * min(times):.1f})  {count(rate)} tok/s  {flops / 1e6:.1f} MFLOP/token  "
+        f"{rate * flops / 1e12:.3f} TFLOP/s{mfu(rate * flops, world)}  peak {peak_memory(world):.2f} GB")
+    n, steps = options["sample_n"], options["sample_steps"]
+    run.model.eval()
+    for _ in range(2):                      # the first run compiles
+        sync()
+        t0 = time.perf_counter()
+        with torch.no_grad():
+            run.model.sample(n, cfg.length, steps)
+        sync()
+    seconds = time.perf_counter() - t0
+    say(f"sample  {1e3 * seconds / steps:.1f} ms/step  {count(n * cfg.length / seconds)} tok/s at {n} x {cfg.length}, "
+        f"{steps} steps  {seconds / (n * cfg.length) * 1000:.2f} s per 1,000 tokens  peak {peak_memory(world):.2f} GB")
+    return 0
+
+
+def main(Paper, Cfg, presets, argv=None):
+    """Entry point of every paper file. Exit codes: 2 user error, 3 non-finite, 128 + signal, 1 a lost rank."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+    argv = sys.argv[1:] if argv is None else argv
+    code = record(_main)(Paper, Cfg, presets, argv)
+    if code:
+        sys.exit(code)
+
+
+def _main(Paper, Cfg, presets, argv):
+    name, rank = paper_name(Paper), int(os.environ.get("RANK", 0))
+    prefix = f"[rank {rank}] " if rank else ""
+    try:
+        verb, overrides, options = parse(argv, Paper, Cfg, presets)
+        world = start_world()
+        if verb == "train":
+            return train(Paper, Cfg, presets, overrides, world)
+        if verb == "bench":
+            return bench(Paper, Cfg, presets, overrides, options, world)
+        return (sample if verb == "sample" else evaluate)(Paper, Cfg, options, world)
+    except UserError as e:
+        print(f"{prefix}{name}: {e}", file=sys.stderr, flush=True)
+        return 2
+    except NonFinite as e:
+        print(f"{prefix}{name}: {e}", file=sys.stderr, flush=True)
+        return 3
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except RuntimeError as e:
+        if not (dist.is_initialized() and re.search("onnection|NCCL|imed out|Broken pipe|closed by peer", str(e))):
+            raise
+        print(f"{prefix}{name}: lost another rank ({str(e).splitlines()[0]}); the same command resumes from the last "
+              "checkpoint", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
