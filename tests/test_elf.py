@@ -1,0 +1,779 @@
+"""ELF: golden arrays of the official code, the properties of the mathematics, bad input, a small learning run.
+
+    python -m pytest -q tests/test_elf.py            # about half a minute on one thread
+    python tests/test_elf.py lean 32100              # lean step against the plain three-pass step: time and memory
+    python tests/test_elf.py reverse OUT             # exact match of a trained conditional run in folder OUT
+"""
+import dataclasses
+import json
+import math
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import common
+import data
+import elf
+from conftest import golden
+
+G = golden("elf")
+META = json.loads(str(G["meta_json"]))
+M = META["elf"]
+EPS = META["t_eps"]
+
+
+def err(a, b):
+    """max |a - b| / max(1, max |b|), the measure that the tolerances of the golden arrays use."""
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1)).item()
+
+
+def weights(prefix):
+    return {k[len(prefix):]: v for k, v in G.items() if k.startswith(prefix)}
+
+
+def config(**keys):
+    base = dict(encoder="t5", max_input_length=META["max_input_length"], d_model=M["hidden_size"], n_layer=M["depth"], n_head=M["num_heads"], vocab=M["vocab_size"],
+                length=M["max_length"], text_encoder_dim=M["text_encoder_dim"], bottleneck_dim=M["bottleneck_dim"],
+                num_time_tokens=M["num_time_tokens"], num_self_cond_cfg_tokens=M["num_self_cond_cfg_tokens"],
+                num_model_mode_tokens=M["num_model_mode_tokens"], latent_mean=META["latent_mean"],
+                latent_std=META["latent_std"], t_eps=EPS, self_cond_prob=META["self_cond_prob"],
+                decoder_prob=META["decoder_prob"], denoiser_noise_scale=META["denoiser_noise_scale"],
+                decoder_noise_scale=META["decoder_noise_scale"], denoiser_p_mean=META["denoiser_p_mean"],
+                denoiser_p_std=META["denoiser_p_std"], decoder_p_mean=META["decoder_p_mean"],
+                decoder_p_std=META["decoder_p_std"], self_cond_cfg_min=META["self_cond_cfg_min"],
+                self_cond_cfg_max=META["self_cond_cfg_max"])
+    return elf.Config(**{**base, **keys})
+
+
+def model_of(scale=1.0, shift=0.0, **keys):
+    """The golden network (times scale, plus shift), with the golden T5 behind it."""
+    model = elf.ELF(config(**keys))
+    model._t5 = elf.T5Encoder(weights("t5/"))
+    names = set(model.state_dict())
+    model.load_state_dict({k: scale * v + shift for k, v in elf.ELF.published(weights("w/")).items() if k in names})
+    return model
+
+
+def small(**keys):
+    """A small random network with a Gaussian table, nothing left at zero."""
+    base = dict(vocab=11, length=8, d_model=16, n_layer=2, n_head=2, text_encoder_dim=12, bottleneck_dim=6)
+    model = elf.ELF(elf.Config(**{**base, **keys}))
+    with torch.no_grad():
+        model.final_layer.linear.weight.normal_(std=0.2)
+        model.mode_tokens.normal_()
+    return model
+
+
+def inputs(tag):
+    """Batch, t, noise, coins and configuration keys of a golden training step; x_den / x_dec share the draws of x."""
+    parent = tag.split("_")[0]
+    d, batch_tag = weights(parent + "/"), parent if f"{parent}/batch_input_ids" in G else "trainA"
+    b = weights(batch_tag + "/batch_")
+    batch = dict(tokens=b["input_ids"], mask=b["attention_mask"] > 0, cond_len=b["cond_seq_mask"].sum(1).long())
+    B, L = batch["tokens"].shape
+    coin = {"den": torch.zeros(B), "dec": torch.ones(B)}.get(tag.partition("_")[2], d["in_coin"]) > 0
+    coins = dict(decode=coin, sc=d.get("in_sc_uniform", torch.ones(B)) < META["self_cond_prob"],
+                 drop=d.get("label_drop", torch.zeros(B)) > 0)
+    noise = dict(p=elf.logit_normal(d["in_lambda_normals"], META["decoder_p_mean"], META["decoder_p_std"]).view(B, L),
+                 eps=torch.where(coin[:, None, None], d["in_dec_noise"], d["in_noise"]))
+    keys = {}
+    if "in_w_uniform" in d:
+        noise["w"] = elf.guidance_scale(d["in_w_uniform"], META["self_cond_cfg_min"], META["self_cond_cfg_max"])
+    else:
+        keys["num_self_cond_cfg_tokens"] = 0
+    if "in_sc_uniform" not in d:
+        keys["self_cond_prob"] = 0.0
+    if parent == "trainB":
+        keys.update(pad_in_loss=True, decoder_noise_scale=META["decoder_noise_scale_trainB"])
+    return batch, elf.logit_normal(d["in_t_normals"], META["denoiser_p_mean"], META["denoiser_p_std"]), noise, coins, keys
+
+
+TRAIN = sorted({k.split("/")[0] for k in G if k.startswith("train") and k.endswith("/loss")})
+
+
+def check_grads(model, loss, prefix):
+    loss.backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    for name, g in weights(prefix + "/grad/").items():
+        assert err(grads[name], g) < 1e-4, name
+    norm = torch.stack([g.norm() for g in grads.values()]).norm()
+    assert abs(norm - G[prefix + "/grad_norm"]) / G[prefix + "/grad_norm"] < 1e-4
+
+
+# --- golden: encoder and pieces --------------------------------------------------------------------
+
+
+def test_t5_encoder():
+    t5 = elf.T5Encoder(weights("t5/"))
+    assert err(t5(G["t5_ids"], G["t5_mask2d"]), G["t5_out_mask2d"]) < 1e-5
+    assert err(t5(G["t5_ids"], G["t5_mask2d"]), G["jax/t5_out_mask2d"]) < 1e-5
+    assert err(t5(G["t5_ids"]), G["t5_out_nomask"]) < 1e-5
+    assert err(t5(G["t5_ids_long"])[:, ::37], G["t5_out_long"]) < 1e-5
+    assert torch.equal(elf.t5_bucket(G["t5_bucket_rel"]), G["t5_bucket"])
+
+
+def test_encoder_mask_and_conditional_latents():
+    for tag in ("trainA", "trainB"):
+        batch, *_ = inputs(tag)
+        cond = torch.arange(batch["tokens"].shape[1]) < batch["cond_len"][:, None]
+        assert torch.equal(elf.encoder_mask(batch["mask"], cond).float(), G[f"{tag}/batch_encoder_attention_mask"])
+    out = elf.T5Encoder(weights("t5/"))(batch["tokens"], elf.encoder_mask(batch["mask"], cond))
+    assert err(out, G["trainB/enc_out_nodrop"]) < 1e-5
+
+
+def test_elementary_pieces():
+    model = model_of()
+    assert err(common.sinusoid(G["temb_t"]), G["temb_sin"]) < 1e-6
+    assert err(model.t_embedder(G["temb_sin"]), G["temb_t_embedder"]) < 1e-5
+    if "temb_cfg_embedder" in G and M["num_self_cond_cfg_tokens"]:
+        assert err(model.self_cond_cfg_embedder(G["temb_sin"]), G["temb_cfg_embedder"]) < 1e-5
+    assert err(model.cos.repeat_interleave(2, -1), G["rope_cos"]) < 1e-6
+    assert err(model.sin.repeat_interleave(2, -1), G["rope_sin"]) < 1e-6
+    assert err(elf.rotate_pairs(G["rope_in"], model.cos, model.sin), G["rope_out"]) < 1e-6
+    assert err(model.blocks[0].norm1(G["rms_in"]), G["rms_out"]) < 1e-6
+    mean, std = META["denoiser_p_mean"], META["denoiser_p_std"]
+    assert err(elf.logit_normal(G["sch_normals"], mean, std), G["sch_t"]) < 1e-6
+    assert err(elf.guidance_scale(G["sch_uniforms"], META["self_cond_cfg_min"], META["self_cond_cfg_max"]), G["sch_w"]) < 1e-6
+    steps = len(G["sch_normals"]) + 1
+    assert err(elf.time_grid(steps, "logit_normal", mean, std, G["sch_normals"]), G["sch_grid"]) < 1e-6
+    assert err(elf.time_grid(steps, "uniform", mean, std), G["sch_grid_uniform"]) < 1e-6
+    assert err(elf.velocity(G["vx_net"], G["vx_z"], G["vx_t"][:, None, None], EPS), G["vx_v"]) < 1e-5
+
+
+def logits_of(model, h):
+    return model.token_features(h) @ model.unembed_kernel + model.unembed_bias
+
+
+@torch.no_grad()
+def test_network_forward():
+    model, seen = model_of(), []
+    C, t, w, gate = M["text_encoder_dim"], G["fwd_t"], G["fwd_w"], G["fwd_gate"]
+    z, half = G["fwd_x2"].split(C, dim=-1)
+    h = model.net(z, half, t, w, torch.zeros_like(t))
+    assert err(model.final_layer(h), G["fwd_x_none"]) < 2e-5
+    h = model.net(z, half, t, w, torch.ones_like(t))
+    assert err(model.final_layer(h), G["fwd_x_dec"]) < 2e-5 and err(model.final_layer(h), G["jax/fwd_x_dec"]) < 2e-5
+    assert err(logits_of(model, h), G["fwd_logits_dec"]) < 2e-5 and err(logits_of(model, h), G["jax/fwd_logits_dec"]) < 2e-5
+    assert torch.equal(common.greedy(model.token_features(h), model.unembed_kernel.T, model.unembed_bias),
+                       G["fwd_logits_dec"].argmax(-1))
+    assert err(model.final_layer(model.net(G["fwd_x1"], None, t, w, torch.zeros_like(t))), G["fwd_x_nosc"]) < 2e-5
+    model.blocks[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, args, out: seen.append(out))
+    h = model.net(z, half, t, w, gate)
+    assert err(model.final_layer(h), G["fwd_x_gate"]) < 2e-5 and err(logits_of(model, h), G["fwd_logits_gate"]) < 2e-5
+    assert err(seen[0], G["fwd_tokens_in"]) < 2e-5
+    assert all(err(a, b) < 2e-5 for a, b in zip(seen[1:], G["fwd_block_out"]))
+
+
+# --- golden: training ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tag", TRAIN)
+def test_training_step(tag):
+    batch, t, noise, coins, keys = inputs(tag)
+    model = model_of(**keys)
+    loss, metrics = model.loss(batch, t=t, noise=noise, coins=coins)
+    assert err(loss.detach(), G[f"{tag}/loss"]) < 1e-5
+    assert err(metrics["l2"], G[f"{tag}/l2_loss"]) < 1e-5 and err(metrics["ce"], G[f"{tag}/ce_loss"]) < 1e-5
+    if f"jax/{tag}/loss" in G:
+        assert err(loss.detach(), G[f"jax/{tag}/loss"]) < 2e-5
+    check_grads(model, loss, tag)
+
+
+@pytest.mark.parametrize("tag", [t for t in TRAIN if f"{t}/main_x" in G])
+@torch.no_grad()
+def test_inside_of_a_training_step(tag):
+    """Latents, inputs and outputs of every pass; the official third pass equals the main pass where it counts (10.11)."""
+    batch, t, noise, coins, keys = inputs(tag)
+    model = model_of(**keys)
+    s = model.corrupt(batch, t, noise, coins)
+    x_u, half = model.first_estimate(s)
+    x_hat, features = model.main_pass(s, half)
+    gold = {k: v[s.order] for k, v in weights(tag + "/").items() if k.split("_")[0] in ("main", "unc", "cond", "x0")
+            and torch.is_tensor(v) and len(v) == len(s.order)}
+    if "x0" in gold:
+        assert err(s.x, gold["x0"]) < 1e-5
+    assert err(torch.cat([s.z, half], -1), gold["main_input"]) < 1e-5
+    assert err(torch.where(s.decode, 1.0, s.t), gold["main_t"]) < 1e-6
+    denoise = ~s.decode
+    assert err(torch.cat([s.z, s.pinned], -1)[denoise], gold["unc_input"][denoise]) < 1e-5
+    assert err(x_u[denoise], gold["unc_x"][denoise]) < 2e-5
+    assert err(x_hat, gold["main_x"]) < 2e-5
+    assert err(x_hat[s.sc], gold["cond_x"][s.sc]) < 2e-5
+    if "main_logits" in gold:
+        assert err(features @ model.unembed_kernel + model.unembed_bias, gold["main_logits"]) < 2e-5
+
+
+def three_pass_loss(model, batch, t, noise, coins):
+    """The official PyTorch step in v-space: null, main and guided pass and both heads on ALL rows; written apart from elf.py."""
+    cfg, tokens = model.cfg, batch["tokens"]
+    B, L = tokens.shape
+    valid, cond = batch["mask"], torch.arange(L, device=tokens.device) < batch["cond_len"][:, None]
+    count = (torch.ones_like(valid) if cfg.pad_in_loss else valid) & ~cond
+    drop, at = coins["drop"], cond[..., None]
+    x0 = model.encode(tokens, valid, cond, drop).masked_fill((drop[:, None] & cond)[..., None], 0)
+    tb, zero = t[:, None, None], torch.zeros_like(t)
+    z = torch.where(at, x0, tb * x0 + (1 - tb) * cfg.denoiser_noise_scale * noise["eps"])
+    p = noise["p"][..., None]
+    z_dec = p * x0 + (1 - p) * cfg.decoder_noise_scale * noise["eps"]
+    dec, sc = coins["decode"][:, None, None], (coins["sc"] & ~coins["decode"])[:, None, None]
+    net = lambda z, half, t, gate: model.net(z, half, t, noise["w"], gate)
+    with torch.no_grad():
+        x_u = model.final_layer(net(z, torch.where(at, x0, 0.0), t, zero))
+    half = torch.where(dec, 0.0, torch.where(at, x0, torch.where(sc, x_u, 0.0)))
+    h = net(torch.where(dec, z_dec, z), half, torch.where(coins["decode"], 1.0, t), coins["decode"].float())
+    x_hat, logits = model.final_layer(h), logits_of(model, h)
+    with torch.no_grad():
+        x_c = model.final_layer(net(z, torch.where(at, x0, x_u), t, zero))
+    v = lambda x: (x - z) / (1 - tb).clamp_min(cfg.t_eps)
+    target = v(x0) + torch.where(sc, 1 - 1 / noise["w"][:, None, None], 0.0) * (v(x_c) - v(x_u))
+    l2 = (v(x_hat) - target).square().mean(-1)
+    ce = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(B, L)
+    return (count * torch.where(dec[..., 0], ce, l2)).sum() / count.sum().clamp_min(1)
+
+
+@pytest.mark.parametrize("tag", [t for t in TRAIN if f"{t.split('_')[0]}/in_w_uniform" in G])
+def test_lean_step_equals_three_passes(tag):
+    """One no-grad pass on its rows and each head on its rows give the loss and every gradient of the plain step."""
+    batch, t, noise, coins, keys = inputs(tag)
+    lean, plain = model_of(**keys).double(), model_of(**keys).double()
+    for m in (lean, plain):
+        m._t5.weights = {k: v.double() for k, v in m._t5.weights.items()}
+    t, noise = t.double(), {k: v.double() for k, v in noise.items()}
+    a, _ = lean.loss(batch, t=t, noise=noise, coins=coins)
+    b = three_pass_loss(plain, batch, t, noise, coins)
+    assert abs(a - b) < 1e-9 * b
+    a.backward()
+    b.backward()
+    for (name, p), q in zip(lean.named_parameters(), plain.parameters()):
+        assert err(torch.zeros_like(q) if p.grad is None else p.grad, torch.zeros_like(p) if q.grad is None else q.grad) < 1e-8, name
+
+
+def test_chunks_of_a_batch_average_to_the_batch():
+    """Roles, times, label drops and denominators belong to the global batch: fixed capacities, two uneven chunk sizes."""
+    torch.manual_seed(1)
+    B, L = 24, 8
+    model = small(label_drop_prob=0.2, decoder_noise_scale=1.0).double()
+    cond, ends = torch.randint(1, 4, (B,)), torch.randint(5, L + 1, (B,))
+    full = dict(tokens=torch.randint(0, 11, (B, L)), mask=torch.arange(L) < ends[:, None], cond_len=cond)
+    noise = dict(eps=torch.randn(B, L, 12, dtype=torch.float64), p=torch.rand(B, L, dtype=torch.float64))
+    losses = []
+    for n in (B, 12, 4):
+        for i in range(0, B, n):
+            part = {k: v[i:i + n] for k, v in full.items()}
+            part.update(global_len=ends, global_cond=cond, rows=common.Rows(3, 7, i, n, B))
+            loss, _ = model.loss(part, noise={k: v[i:i + n] for k, v in noise.items()})
+            (loss * n / B).backward()
+            losses.append((n, loss.detach() * n / B))
+        grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+        if n == B:
+            want = grad.clone()
+        assert err(grad, want) < 1e-10
+        model.zero_grad()
+    sums = [sum(x for m, x in losses if m == n) for n in (B, 12, 4)]
+    assert max(sums) - min(sums) < 1e-10
+
+
+def test_reserved_rows_suffice():
+    """No row may fall outside its slice, whatever the chunk of the global batch, and the counts are those of the paper."""
+    for n_global, n_local in ((32, 32), (40, 40), (512, 64), (64, 8), (32, 1)):
+        for step in range(200):
+            role = common.Rows(0, step, n_local * (step % (n_global // n_local)), n_local, n_global).roles((0.2, 0.4, 0.4))
+            for share, rows in ((0.2, role == 0), (0.8, role > 0), (0.4, role == 2)):
+                assert rows.sum() <= elf.room(share, n_local, n_global)
+    assert [elf.room(s, 40, 40) for s in (0.2, 0.8, 0.4)] == [8, 32, 16]
+
+
+# --- golden: samplers, optimisers, distillation ----------------------------------------------------
+
+
+@torch.no_grad()
+def test_single_steps():
+    model, xp = model_of(), G["samp_xprev"]
+    for name, t, s, churn, sampler in (("ode_step", 0.31, 0.44, 0.0, "ode"), ("sde_step", 0.31, 0.44, 1.5, "sde"),
+                                       ("sde_step_clip", 0.2, 0.95, 2.0, "sde")):
+        t, s = torch.tensor([t, s])
+        z = G["samp_z"]
+        if sampler == "sde":
+            z, t = elf.renoise(z, t, s, churn, META["denoiser_noise_scale"], G["sde_eps"])
+        x_hat = model.estimate(z, xp, t, 3.0)
+        assert err(x_hat, G[f"{name}_x"]) < 1e-5
+        assert err(z + (s - t) * elf.velocity(x_hat, z, t, EPS), G[f"{name}_z"]) < 1e-5
+
+
+TRAJ = {"ode_traj": ("ode", 0.0, 1.0, 1.0), "sde_traj": ("sde", 1.5, 3.0, 1.0), "cfg_traj": ("ode", 0.0, 1.0, 2.0),
+        "cfgsde_traj": ("sde", 1.0, 2.0, 1.7)}
+
+
+@pytest.mark.parametrize("name", TRAJ)
+@torch.no_grad()
+def test_trajectories(name):
+    sampler, churn, w, c = TRAJ[name]
+    model, held = model_of(), {}
+    grid = elf.time_grid(len(G["grid_normals"]) + 1, "logit_normal", META["denoiser_p_mean"], META["denoiser_p_std"],
+                         G["grid_normals"])
+    assert err(grid, G["grid"]) < 1e-6
+    if name.startswith("cfg"):
+        held = dict(x_known=G["cond_seq"], known=G["trainB/batch_cond_seq_mask"][..., None] > 0)
+    for i, (z, x_hat) in enumerate(model.trajectory(G["samp_z"], grid, sampler, churn, w, c, eps=G.get(f"{name}/eps"), **held)):
+        assert err(z, G[f"{name}/z"][i]) < 1e-4 and err(x_hat, G[f"{name}/x"][i]) < 1e-4, i
+    if f"jax/{name}/z_final" in G:
+        assert err(z, G[f"jax/{name}/z_final"]) < 1e-4
+    ids = model.decode(z, w)
+    assert torch.equal(ids, G[f"{name}/ids"])
+    assert torch.equal(elf.cut(ids, eos=1, pad=0), G[f"{name}/ids_masked"])
+    one = torch.ones(len(z))
+    assert err(logits_of(model, model.net(z, torch.zeros_like(z), one, w * one, one)), G[f"{name}/logits"]) < 5e-4
+    if f"{name}/ids_shifted" in G:
+        width = M["max_length"] - META["max_input_length"]
+        at = held["known"].sum((1, 2))[:, None] + torch.arange(width)
+        shifted = F.pad(ids, (0, width)).gather(1, at)
+        assert torch.equal(shifted, G[f"{name}/ids_shifted"])
+        assert torch.equal(elf.cut(shifted, eos=1, pad=0), G[f"{name}/ids_final"])
+
+
+@torch.no_grad()
+def test_guidance_by_two_passes_without_scale_tokens():
+    model, t = model_of(num_self_cond_cfg_tokens=0), torch.tensor(0.31)
+    for w in sorted({float(k.split("_")[1]) for k in G if k.startswith("scinf_")}):
+        x_hat = model.estimate(G["samp_z"], G["samp_xprev"], t, w)
+        assert err(x_hat, G[f"scinf_{w}_x"]) < 1e-5
+        assert err(elf.velocity(x_hat, G["samp_z"], t, EPS), G[f"scinf_{w}_v"]) < 1e-5
+
+
+def optimisers(params):
+    matrices = [p for p in params.values() if p.dim() == 2]
+    rest = [p for p in params.values() if p.dim() != 2]
+    flax = [params[k] for k in ("flax", "flax_tall")]
+    return common.Muon(matrices, bias_correction=True, transposed=flax), elf.NesterovAdam(rest)
+
+
+def test_optimiser_steps():
+    params = {k: torch.nn.Parameter(v.clone()) for k, v in weights("opt/w0/").items()}
+    opts, ema = optimisers(params), {k: p.detach().clone() for k, p in params.items()}
+    for i in range(5):
+        for k, g in weights(f"opt/g{i}/").items():
+            params[k].grad = g.clone()
+        for o in opts:
+            o.param_groups[0]["lr"] = G["opt/lr"][i].item()
+            o.step()
+        for k, p in params.items():
+            assert err(p.detach(), G[f"opt/w{i + 1}/{k}"]) < 1e-6, (i, k)
+            ema[k].lerp_(p.detach(), 0.1)
+    assert all(err(v, G[f"opt/ema5/{k}"]) < 1e-6 for k, v in ema.items())
+
+
+def test_skipped_update_leaves_everything_untouched():
+    """found_inf = 1 with gradients of nan, at the very first step and later: weights and state stay bit for bit."""
+    params = {k: torch.nn.Parameter(v.clone()) for k, v in weights("opt/w0/").items()}
+    opts, clean = optimisers(params), {k: torch.nn.Parameter(v.clone()) for k, v in weights("opt/w0/").items()}
+    ref = optimisers(clean)
+    for i, bad in enumerate((True, False, True, False)):
+        for k, g in weights(f"opt/g{i}/").items():
+            params[k].grad = g * math.nan if bad else g.clone()
+            clean[k].grad = g.clone()
+        for o, r in zip(opts, ref):
+            o.found_inf = torch.tensor(float(bad))
+            o.step()
+            if not bad:
+                r.step()
+        assert all(torch.equal(params[k], clean[k]) for k in params)
+    for o, r, k in zip(opts, ref, ("flax", "tok")):
+        assert all(torch.equal(a, b) for a, b in zip(o.state[params[k]].values(), r.state[clean[k]].values()))
+
+
+@pytest.mark.parametrize("tag", ["pd", "pd1"])
+def test_distillation_step(tag):
+    d = weights(tag + "/")
+    D, K = META[tag]["step"], META[tag]["K"]
+    batch, *_ = inputs("trainA")
+    B, L = batch["tokens"].shape
+    model = model_of(student_steps=1 / D, teacher_steps=K)
+    model.attach_teacher(model_of(scale=0.8, shift=0.02), fresh=False)
+    coin, mean, std = d["in_coin"] > 0, META["denoiser_p_mean"], META["denoiser_p_std"]
+    u = d["in_sub_uniform"] if "in_sub_uniform" in d else elf.logit_normal(d["in_sub_normals"], mean, std)
+    t = elf.logit_normal(d["in_t_normals"], mean, std) * max(1 - D, 1e-6)
+    noise = dict(p=elf.logit_normal(d["in_lambda_normals"], META["decoder_p_mean"], META["decoder_p_std"]).view(B, L),
+                 eps=torch.where(coin[:, None, None], d["in_dec_noise"], d["in_noise"]), u=u.view(B, K - 1),
+                 w=elf.guidance_scale(d["in_w_uniform"], META["self_cond_cfg_min"], META["self_cond_cfg_max"]))
+    coins = dict(decode=coin, sc=d["in_sc_coin"] > 0)
+    loss, metrics = model.loss(batch, t=t, noise=noise, coins=coins)
+    assert err(loss.detach(), d["loss"]) < 1e-5
+    assert err(metrics["l2"], d["l2_loss"]) < 1e-5 and err(metrics["ce"], d["ce_loss"]) < 1e-5
+    s = model.corrupt(batch, t, noise, coins)
+    with torch.no_grad():
+        half = model._teacher[0].first_estimate(s)[1]
+        target = model.distill_target(s, half, noise["u"][s.order])
+        x_hat, _ = model.main_pass(s, half)
+    den = ~s.decode
+    assert err(target[den], d["target"][s.order][den]) < 1e-5
+    for key, value in (("z_t_s", s.z[den]), ("sc_half", half[den]), ("main_x", x_hat[den])):
+        if key in d:
+            assert err(value, d[key][s.order][den]) < 2e-5, key
+    check_grads(model, loss, tag)
+
+
+# --- properties (section 10 of the specification) --------------------------------------------------
+
+
+@torch.no_grad()
+def test_mode_switch_and_heads_are_separate():
+    model, z = small(), torch.randn(2, 8, 12)
+    t, w, one = torch.rand(2), torch.ones(2), torch.ones(2)
+    off, on = model.net(z, z, t, w, 0 * one), model.net(z, z, t, w, one)
+    assert torch.equal(off, model.net(z, z, t, w, torch.zeros(2, dtype=torch.bool))) and not torch.allclose(off, on)
+    logits, x_hat = logits_of(model, on), model.final_layer(on)
+    model.final_layer.linear.weight.zero_()
+    assert torch.equal(logits, logits_of(model, on))
+    model.proj_kernel.zero_()
+    assert not torch.equal(x_hat, model.final_layer(on)) and torch.equal(on, model.net(z, z, t, w, one))
+
+
+@torch.no_grad()
+def test_losses_at_the_start():
+    """x_hat = 0, so L2 is E[1 / (1 - t)^2] = 1.79 for unit-variance latents, and CE is close to ln V."""
+    model = elf.ELF(elf.Config(vocab=300, length=16, d_model=64, n_layer=2, n_head=2, text_encoder_dim=32))
+    B = 512
+    batch = dict(tokens=torch.randint(0, 300, (B, 16)))
+    t = elf.logit_normal(torch.randn(B), -1.5, 0.8)
+    _, m = model.loss(batch, t=t, coins=dict(decode=torch.zeros(B, dtype=torch.bool), sc=torch.ones(B, dtype=torch.bool)))
+    assert abs(m["l2"] - (1 - t).pow(-2).mean()) < 1e-3
+    _, m = model.loss(batch)
+    assert abs(m["l2"] - 1.79) < 0.1 and -0.05 < m["ce"] - math.log(300) < 0.2
+
+
+def oracle(model, f):
+    """Replace the network by x_hat = f(z, t)."""
+    model.estimate = lambda z, half, t, w, c=1.0, known=None: f(z, t)
+    return model
+
+
+def test_oracle_sampling_and_the_last_step():
+    model, x = oracle(small(), lambda z, t: x), torch.randn(2, 8, 12)
+    z0 = 2 * torch.randn(2, 8, 12)
+    grid = torch.tensor([0.0, 0.1, 0.3, 0.6, 0.9, 1.0])
+    for i, (z, x_hat) in enumerate(model.trajectory(z0, grid, "ode", 0.0, 1.0)):
+        assert err(z, x + (1 - grid[i + 1]) * (z0 - x)) < 1e-6
+    for form in (False, True):
+        for z, x_hat in model.trajectory(z0, grid, "sde", 1.5, 1.0, paper_form=form):
+            pass
+        assert err(z, x) < 1e-6
+    model = oracle(small(), lambda z, t: torch.tanh(z) + t)      # any network: z ends at the last x_hat
+    for z, x_hat in model.trajectory(z0, grid, "ode", 0.0, 1.0):
+        pass
+    assert err(z, x_hat) < 1e-6
+
+
+@torch.no_grad()
+def test_sde_step_limits():
+    model, z0, grid = small(), 2 * torch.randn(2, 8, 12), torch.tensor([0.0, 0.2, 0.5, 1.0])
+    ends = [list(model.trajectory(z0, grid, s, 0.0, 2.0))[-1][0] for s in ("ode", "sde")]
+    assert torch.equal(*ends)                                                               # churn 0 is the ODE step
+    eps = torch.randn(2, 8, 12)
+    z, t = elf.renoise(z0, grid[1], grid[2], 4.0, 2.0, eps)                                 # churn * h >= 1
+    assert torch.equal(z, 2 * eps) and t == 0
+    forms = [list(model.trajectory(z0, grid, "sde", 1.0, 2.0, eps=torch.stack([eps, eps]), paper_form=f))[-1][0] for f in (0, 1)]
+    assert not torch.allclose(*forms)
+
+
+def test_gaussian_data_first_order_convergence():
+    """E[x | z] of N(m, s^2) is known and so is the ODE map m + (s / sigma) z: Euler errors of the specification, 10.8."""
+    m, s, sigma = 0.7, 0.5, 2.0
+    z0 = torch.linspace(-4, 4, 41, dtype=torch.float64)
+    for steps, want in ((8, 0.0607), (32, 0.0164), (128, 0.0042), (512, 0.0011)):
+        z, grid = z0, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        for t, u in zip(grid[:-1], grid[1:]):
+            k = t * s ** 2 / (t ** 2 * s ** 2 + (1 - t) ** 2 * sigma ** 2)
+            z = z + (u - t) * elf.velocity(m + k * (z - t * m), z, t, 1e-9)
+        error = ((z - m - s / sigma * z0).abs().max() / z0.abs().max()).item()
+        assert abs(error - want) < 0.06 * want + 5e-5, (steps, error)
+
+
+def test_guidance_fixed_point():
+    """Regressing on x* = x + (1 - 1/w)(x_c - x_u) with x_c the prediction itself settles at w x + (1 - w) x_u (10.10)."""
+    for w in (0.7, 1.0, 3.0):
+        x, x_u, y = 0.3, -1.1, 0.0
+        for _ in range(4000):
+            y += 0.01 * (x + (1 - 1 / w) * (y - x_u) - y)
+        assert abs(y - (w * x + (1 - w) * x_u)) < 1e-4
+
+
+@torch.no_grad()
+def test_conditional_invariances():
+    """Condition latents ignore the target; a dropped row's latents and loss ignore the source; pads do not matter (10.12, 13)."""
+    model = model_of(pad_in_loss=True)
+    batch, t, noise, coins, _ = inputs("trainB")
+    tokens, L = batch["tokens"], batch["tokens"].shape[1]
+    cond = torch.arange(L) < batch["cond_len"][:, None]
+    other = torch.where(cond, tokens, (tokens + 5) % M["vocab_size"])
+    assert torch.equal(model.encode(tokens, batch["mask"], cond)[cond], model.encode(other, batch["mask"], cond)[cond])
+    source = torch.where(cond, (tokens + 5) % M["vocab_size"], tokens)
+    drop = torch.ones(len(tokens), dtype=torch.bool)
+    a, b = (model.encode(x, batch["mask"], cond, drop)[~cond] for x in (tokens, source))
+    assert torch.equal(a, b)
+    losses = [model.loss(dict(batch, tokens=x), t=t, noise=noise, coins=dict(coins, drop=drop))[0] for x in (tokens, source)]
+    kept = model.loss(dict(batch, tokens=source), t=t, noise=noise, coins=coins)[0]
+    assert losses[0] == losses[1] and kept != model.loss(batch, t=t, noise=noise, coins=coins)[0]
+    batch = inputs("trainA")[0]
+    padded = torch.where(batch["mask"], batch["tokens"], 3)
+    none = torch.zeros_like(batch["mask"])
+    a, b = (model.encode(x, batch["mask"], none)[batch["mask"]] for x in (batch["tokens"], padded))
+    assert torch.equal(a, b)
+
+
+def test_masked_positions_of_a_decode_row():
+    """With the latents held fixed, ids at uncounted positions have no influence on the cross-entropy (10.20)."""
+    model = small()
+    B, L = 4, 8
+    tokens, mask = torch.randint(0, 11, (B, L)), torch.arange(L).expand(B, L) < 5
+    x, coins = torch.randn(B, L, 12), dict(decode=torch.ones(B, dtype=torch.bool), sc=torch.zeros(B, dtype=torch.bool))
+    model.encode = lambda *a: x
+    noise, t = dict(eps=torch.randn(B, L, 12), p=torch.rand(B, L), w=torch.ones(B)), torch.rand(B)
+    a, b = (model.loss(dict(tokens=y, mask=mask), t=t, noise=noise, coins=coins)[0] for y in (tokens, torch.where(mask, tokens, 0)))
+    assert a == b
+    x = torch.where(mask[..., None], x, 0)                  # but the input at those positions is seen: no attention mask
+    assert a != model.loss(dict(tokens=tokens, mask=mask), t=t, noise=noise, coins=coins)[0]
+
+
+@torch.no_grad()
+def test_rotary_positions():
+    """Scores between text positions depend on the distance only; control tokens are not rotated (10.14)."""
+    model = small(length=16)
+    P, q, k = model.n_control, torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    q, k = (elf.rotate_pairs(y.expand(1, 1, P + 16, 8), model.cos, model.sin)[0, 0] for y in (q, k))
+    score = q @ k.T
+    assert torch.allclose(score[P + 3, P + 1], score[P + 12, P + 10], atol=1e-5) and score[P + 3, P + 1] != score[P + 3, P + 2]
+    assert (score[:P, :P] - score[0, 0]).abs().max() < 1e-6 and not torch.allclose(score[0, P + 3], score[0, P + 4])
+
+
+def test_laws_of_the_draws():
+    u = (torch.arange(100000, dtype=torch.float64) + 0.5) / 100000
+    w = elf.guidance_scale(u, 0.5, 5.0)
+    assert 0.5 <= w.min() and w.max() <= 5 and abs(w.median() - 2) < 1e-3
+    assert abs((w < 1).double().mean() - math.log(4 / 3) / math.log(4)) < 1e-4
+    t = elf.logit_normal(torch.special.ndtri(u), -1.5, 0.8)
+    assert abs(t.median() - torch.sigmoid(torch.tensor(-1.5))) < 1e-4 and abs((1 - t).pow(-2).mean() - 1.79) < 0.01
+    for steps, last in ((8, 0.40), (16, 0.47), (32, 0.53), (64, 0.59)):
+        grids = torch.stack([elf.time_grid(steps, "logit_normal", -1.5, 0.8) for _ in range(400)])
+        assert grids.shape[1] == steps + 1 and (grids.diff() >= 0).all() and (grids[:, 0] == 0).all() and (grids[:, -1] == 1).all()
+        assert abs(grids[:, -2].mean() - last) < 0.03
+
+
+def test_newton_schulz_and_transposed_storage():
+    s = torch.logspace(math.log10(0.002), 0, 16)
+    q, _ = torch.linalg.qr(torch.randn(16, 16))
+    r, _ = torch.linalg.qr(torch.randn(40, 16))
+    out = torch.linalg.svdvals(common.newton_schulz((q * s @ r.T)[None] / s.norm() * s.norm())[0])
+    assert 0.4 < out.min() and out.max() < 1.21
+    a, b = torch.nn.Parameter(torch.randn(9, 5)), None
+    b = torch.nn.Parameter(a.detach().T.clone())
+    opts = common.Muon([a], lr=0.1), common.Muon([b], lr=0.1, transposed=[b])
+    for g in (torch.randn(9, 5), torch.zeros(9, 5)):        # the second step moves by momentum alone, at full size
+        before = a.detach().clone()
+        a.grad, b.grad = g, g.T.clone()
+        for o in opts:
+            o.step()
+        assert err(a.detach(), b.detach().T) < 1e-6 and (a - before).norm() > 0.1 * 0.7 * math.sqrt(9 / 5 * 5)
+
+
+@torch.no_grad()
+def test_distillation_targets():
+    """An oracle teacher gives the oracle back for any N and K; one step gives the teacher's x_hat; small spans approach it."""
+    torch.manual_seed(2)
+    batch = dict(tokens=torch.randint(0, 11, (6, 8)))
+    x_of = lambda model, s, half: model.final_layer(model.net(s.z, half, s.t, s.w, torch.zeros_like(s.t)))
+    for steps, K in ((4, 5), (2, 1), (500, 3), (2000, 3)):
+        model, teacher = small(student_steps=steps, teacher_steps=K), small()
+        teacher.self_cond_proj.weight[:, 12:] = 0       # x_hat does not feed on the x_hat before it
+        model.attach_teacher(teacher, fresh=True)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), teacher.parameters()))
+        coins = dict(decode=torch.zeros(6, dtype=torch.bool), sc=torch.arange(6) < 3)
+        s = model.corrupt(batch, coins=coins, span=1 / steps)
+        half = teacher.first_estimate(s)[1]
+        target = model.distill_target(s, half)
+        for p in model.parameters():
+            p.mul_(0.5)
+        model.final_layer.linear.weight.zero_()
+        if K == 1 or steps >= 500:
+            assert err(target, x_of(teacher, s, half)) < (1e-6 if K == 1 else 0.02)
+        teacher.final_layer = torch.nn.Identity()
+        teacher.net = lambda *a: s.x
+        assert err(model.distill_target(s, half), s.x) < 2e-4
+
+
+# --- configurations, checkpoints, bad input --------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset, count", [("owt-b", 104_579_940), ("owt-m", 342_540_036), ("owt-l", 652_103_332)])
+def test_parameter_counts(preset, count):
+    with torch.device("meta"):
+        model = elf.ELF(elf.Config(**elf.PRESETS[preset]))
+    assert sum(p.numel() for p in model.parameters()) == count
+    if preset == "owt-b":
+        matrices, rest = model.param_groups()
+        assert len(matrices["params"]) == 58 and sum(p.numel() for p in matrices["params"]) == 104_417_280
+        assert len(rest["params"]) == 109
+
+
+def test_presets_are_configurations():
+    for name, keys in elf.PRESETS.items():
+        cfg = elf.Config(**keys)
+        assert all(type(getattr(cfg, k)) is type(v) or getattr(cfg, k) is None for k, v in keys.items()), name
+    assert {elf.PRESETS[f"distill-{n}"]["student_steps"] for n in (1, 2, 4, 8, 16)} == {1, 2, 4, 8, 16}
+
+
+def test_published_checkpoint_loads_by_name():
+    raw = dict(params={}, ema_params1={"_orig_mod." + k: v for k, v in weights("w/").items()}, step=3)
+    model = elf.ELF(config())
+    model.load_state_dict(elf.ELF.published(raw))
+    assert torch.equal(model.unembed_kernel, G["w/unembed_kernel"])
+
+
+def test_gauss_table():
+    E = elf.gauss_table(50, 64, seed=3)
+    assert E.mean(1).abs().max() < 1e-6 and (E.square().mean(1) - 1).abs().max() < 1e-5
+    assert torch.equal(E, elf.gauss_table(50, 64, seed=3)) and not torch.equal(E, elf.gauss_table(50, 64, seed=4))
+    model = small(encoder="t5-random", text_encoder_dim=64)
+    x = model.encode(torch.randint(0, 11, (4, 8)), torch.ones(4, 8, dtype=torch.bool), torch.zeros(4, 8, dtype=torch.bool))
+    assert 0.5 < x.std() < 2 and "shared.weight" not in model.state_dict()
+
+
+def test_bad_input(tmp_path):
+    def message(**keys):
+        with pytest.raises(data.UserError) as e:
+            model = small(**keys)
+            model.encode(torch.zeros(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.bool), torch.zeros(1, 8, dtype=torch.bool))
+        assert "\n" not in str(e.value)
+        return str(e.value)
+    assert "--t5=FILE" in message(encoder="t5")
+    assert "nowhere.bin" in message(encoder="t5", t5=str(tmp_path / "nowhere.bin"))
+    path, t5 = str(tmp_path / "t5.bin"), weights("t5/")
+    torch.save(t5, path)
+    assert "text_encoder_dim=12" in message(encoder="t5", t5=path)
+    assert "vocab=99" in message(encoder="t5", t5=path, vocab=99, text_encoder_dim=META["t5"]["d_model"])
+    torch.save({k: v for k, v in t5.items() if "final" not in k}, path)
+    assert "encoder.final_layer_norm.weight" in message(encoder="t5", t5=path)
+    (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not json")
+    assert "broken.safetensors" in message(encoder="t5", t5=str(tmp_path / "broken.safetensors"))
+    assert "n_head" in message(n_head=3) and "dropout" in message(dropout=0.1) and "encoder" in message(encoder="bert")
+    for keys in (dict(sampler="heun"), dict(grid="cosine")):
+        with pytest.raises(data.UserError):
+            small().sample(1, 8, 2, **keys)
+    with pytest.raises(data.UserError, match="length"):
+        small().sample(1, 9, 2)
+
+
+@torch.no_grad()
+def test_sampling_interface():
+    """Shapes, the watch callback, text kept in place, answers cut at the end of sequence."""
+    model, seen = small(eos=1, pad=0), []
+    known, mask = torch.full((3, 8), 7), torch.arange(8).expand(3, 8) % 3 == 0
+    ids = model.sample(3, 8, 4, known=known, known_mask=mask, watch=lambda i, x: seen.append((i, x.shape)), sampler="ode")
+    assert ids.shape == (3, 8) and (ids[mask] == 7).all() and seen == [(i, (3, 8)) for i in (1, 2, 3, 4)]
+    assert model.sample(2, 5, 1).shape == (2, 5)
+    ids = torch.tensor([[5, 1, 6, 1, 7], [1, 2, 3, 4, 5]])
+    assert elf.cut(ids, 1, 0).tolist() == [[5, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    assert elf.cut(ids, 1, 0, keep=torch.arange(5) < 2).tolist() == [[5, 1, 6, 0, 0], [1, 2, 3, 4, 5]]
+    model = small(max_input_length=4)
+    x = model.encode(known, mask, mask)
+    for z, x_hat in model.trajectory(torch.randn(3, 8, 12), torch.linspace(0, 1, 4), "sde", 1.5, 1.0, 2.0, x, mask[..., None]):
+        assert torch.equal(z[mask], x[mask]) and torch.equal(x_hat[mask], x[mask])
+
+
+def test_learning_on_a_source_of_four_letters():
+    """Rows of four letters, each letter followed by itself + 1 (0.7) or + 2 (0.3): in seconds the losses fall and the samples obey."""
+    torch.manual_seed(0)
+    cfg = elf.Config(vocab=4, length=4, d_model=32, n_layer=2, n_head=2, text_encoder_dim=16, bottleneck_dim=16,
+                     decoder_noise_scale=2.0)
+    model, rows = elf.ELF(cfg), None
+    groups = [(g.pop("optimizer"), g) for g in model.param_groups()]
+    opts = [cls(**g) for cls, g in groups]
+    first, losses = None, []
+    for step in range(300):
+        start, jumps = torch.randint(0, 4, (64, 1)), 1 + (torch.rand(64, 3) < 0.3).long()
+        tokens = torch.cat([start, start + jumps.cumsum(1)], dim=1) % 4
+        loss, m = model.loss(dict(tokens=tokens))
+        loss.backward()
+        for o in opts:
+            o.param_groups[0]["lr"] = 0.005 * min(1, step / 30)
+            o.step()
+            o.zero_grad()
+        losses.append(torch.stack([m["l2"], m["ce"]]))
+    start, end = (torch.stack(x).mean(0) for x in (losses[:10], losses[-30:]))
+    assert end[0] < 0.75 * start[0] and end[1] < 0.7 * start[1]
+    ids = torch.cat([model.sample(128, 4, 16, sampler="sde", w=1.0) for _ in range(4)])
+    step = ids.diff(dim=1) % 4
+    legal = ((step == 1) | (step == 2)).float().mean()
+    assert legal > 0.9, legal                                   # chance: 0.5
+    assert torch.bincount(ids.flatten(), minlength=4).min() > 0.1 * ids.numel()
+
+
+# --- lean step against the plain step, as a command ------------------------------------------------
+
+
+def measure(form, vocab, repeats=5):
+    """Process seconds per step (median) and peak memory above model, in MiB, of one form; run in a process of its own."""
+    cfg = elf.Config(vocab=vocab, length=128, d_model=256, n_layer=6, n_head=4, text_encoder_dim=128, bottleneck_dim=64, batch=20)
+    torch.manual_seed(0)
+    model, B, L = elf.ELF(cfg), cfg.batch, cfg.length
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    gen = common.Rows(0, 0, 0, B, B)
+    role = gen.roles((0.2, 0.4, 0.4))
+    coins = dict(decode=role == 0, sc=role == 2, drop=torch.zeros(B, dtype=torch.bool))
+    noise = dict(eps=torch.randn(B, L, 128), p=torch.rand(B, L), w=elf.guidance_scale(torch.rand(B), 0.5, 5.0))
+    t = elf.logit_normal(torch.randn(B), -1.5, 0.8)
+    batch = dict(tokens=torch.randint(0, vocab, (B, L)), mask=torch.ones(B, L, dtype=torch.bool),
+                 cond_len=torch.zeros(B, dtype=torch.int64), rows=gen)
+    base, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for _ in range(repeats):
+        start = time.process_time()
+        if form == "lean":
+            loss, _ = model.loss(batch, t=t, noise=noise)
+        else:
+            loss = three_pass_loss(model, batch, t, noise, coins)
+        loss.backward()
+        seconds.append(time.process_time() - start)
+        model.zero_grad(set_to_none=False)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
+    grad = sum(p.grad.abs().sum() for p in model.parameters())
+    return dict(seconds=float(np.median(seconds)), mib=peak, loss=loss.item(), grad=float(grad))
+
+
+def lean_against_plain(vocab):
+    """Alternating child processes; prints and returns the ratios time and memory."""
+    runs = {"lean": [], "plain": []}
+    for _ in range(2):
+        for form in runs:
+            out = subprocess.run([sys.executable, __file__, "measure", form, str(vocab)], capture_output=True, text=True, check=True)
+            runs[form].append(json.loads(out.stdout))
+    best = {f: {k: float(np.median([r[k] for r in rs])) for k in rs[0]} for f, rs in runs.items()}
+    for f, r in best.items():
+        print(f"{f:6s} {r['seconds']:.2f} s/step  peak {r['mib']:.0f} MiB above the model  loss {r['loss']:.6f}")
+    ratios = best["plain"]["seconds"] / best["lean"]["seconds"], best["lean"]["mib"] / best["plain"]["mib"]
+    print(f"V={vocab}: lean is {ratios[0]:.2f}x faster with {ratios[1]:.2f} of the memory")
+    return best, ratios
+
+
+@pytest.mark.slow
+def test_lean_step_is_faster_and_smaller():
+    best, (speed, memory) = lean_against_plain(32100)
+    assert abs(best["lean"]["loss"] / best["plain"]["loss"] - 1) < 1e-5
+    assert speed > 1.4 and memory < 0.5
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "measure":
+        print(json.dumps(measure(sys.argv[2], int(sys.argv[3]))))
+    elif sys.argv[1] == "lean":
+        lean_against_plain(int(sys.argv[2]))
