@@ -1,28 +1,30 @@
-"""LangFlow: Gaussian diffusion of token embeddings, trained with plain cross-entropy on a noise schedule that learns.
+"""LangFlow: Gaussian diffusion of token embeddings, trained by cross-entropy on a noise schedule that learns.
 
 Chen, Liang, Sui, Guo, Cheng, You, Liu: "LangFlow: Continuous Diffusion Rivals Discrete in Language Modeling",
-arXiv:2604.11748. The authors published inference and likelihood code; their training code is not public, so section 5
-below is rebuilt from the paper's equations (18), (20) and algorithms 1-2.
+arXiv:2604.11748. The authors published inference and likelihood code but no training code; section 5 is
+rebuilt from the paper's equation (18) and algorithm 1.
 
 What is diffused: rows of a normalised embedding matrix E [V, D], ||E_v|| = sqrt(D), learned with the network.
 Time: gamma = ln(sigma^2 / alpha^2), the log NOISE-to-signal ratio. Large gamma = noise, small gamma = data.
 
     forward   z = alpha E[x] + sigma eps,   alpha^2 = sigmoid(-gamma),   sigma^2 = sigmoid(gamma)
-    network   p(x_i | z) = softmax( W u(z, gamma, x_sc) + b + r (alpha / sigma^2) z E^T ),   x_hat = p E
-    train     q ~ U(0, 1);  gamma = loc - scale ln(-ln q);  for a quarter of the rows x_sc = sg(x_hat(z, gamma, 0))
-              loss = mean CE  +  mean_rows (sg(CE_row) - H(gamma))^2,   H(gamma) = entropy exp(-exp(-(gamma - loc) / scale))
-    sample    y = z / sigma, tau = alpha / sigma:  dy/dtau = x_hat, Euler from q = 1 to q = 0, x_sc = the last x_hat
+    network   p(x_i | z) = softmax(W u(z, gamma, x_sc) + b + r (alpha / sigma^2) z E^T),   x_hat = p E
+    train     q ~ U(0, 1), gamma = loc - scale ln(-ln q); x_sc = sg(x_hat(z, gamma, 0)) in 1 row of 4
+              loss = mean CE + mean over rows of (sg(CE_row) - H(gamma))^2,
+              H(gamma) = entropy exp(-exp(-(gamma - loc) / scale))
+    sample    y = z / sigma, tau = alpha / sigma, dy/dtau = x_hat: Euler from q = 1 to 0, x_sc = last x_hat
 
-Because H is the learned information curve and gamma follows its derivative, every step of q carries the same number of
-nats, in training and in sampling. One consequence must be known before reading a log: a schedule that fits pins the
-training loss at entropy / 2 whatever the quality of the model. Progress shows in `loc` (it rises) and in the bound.
+H is the learned information curve and gamma is drawn from its derivative, so every step of q carries the
+same number of nats, in training and in sampling. Know this before you read a log: a schedule that fits pins
+the training loss at entropy / 2 whatever the quality of the model. Progress shows in `loc`, which rises, and
+in the bound.
 
-    python langflow.py                                       # train the built-in `tiny` run on a CPU, minutes
-    python langflow.py sample --steps=64 --n=4 --watch       # noise becomes text
-    python langflow.py eval --likelihood=ode                 # probability-flow likelihood beside the default SDE bound
+    python langflow.py                                      # train the built-in `tiny` run on a CPU, minutes
+    python langflow.py sample --steps=64 --n=4 --watch      # noise becomes text
+    python langflow.py eval --likelihood=ode                # the probability-flow likelihood
 
-`grep "differs from"` finds the deviations: the row-subset form of self-conditioning, own learning rate and clip group for
-the schedule, a control variate in the ODE likelihood (same mean), no bf16 rounding of the Gaussian bias, q clamped not gamma.
+`grep "differs from"` finds the deviations: self-conditioning by a fixed share of the rows, own learning rate
+and clipping of the schedule, a control variate in the ODE likelihood, no bf16 rounding of the Gaussian bias.
 """
 import math
 from dataclasses import dataclass
@@ -35,63 +37,67 @@ import torch.nn.functional as F
 import common
 from common import bc
 
-# --- 1. configuration ------------------------------------------------------------------------------
+# --- 1. configuration ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class Config(common.Config):
-    self_cond_prob: float = 0.25            # share of the rows trained on a first estimate of themselves; 0 = off
-    self_cond_form: str = "subset"          # subset: that share of every batch; bernoulli: one coin a step, all rows or none
-    bias_ramp: int = 0                      # steps over which the Gaussian bias grows from 0 to 1; 0 = full from the start
-    schedule_lr: float = 5e-3               # learning rate of loc, scale and entropy; Adam moves each by at most this a step
+    self_cond_prob: float = 0.25            # share of the rows trained on an estimate of themselves; 0 = off
+    self_cond_form: str = "subset"          # subset: that share of every batch; bernoulli: all rows or none
+    bias_ramp: int = 0                      # steps over which the Gaussian bias grows from 0 to 1; 0 = none
+    schedule_lr: float = 5e-3               # learning rate of loc, scale and entropy: about their move a step
     gumbel_loc: Optional[float] = None      # initial loc; none = 4.723 + ln(d_model / 768)
     gumbel_scale: float = 0.852             # initial scale
-    gumbel_entropy: Optional[float] = None  # initial entropy in nats; none = unigram entropy of the training text
+    gumbel_entropy: Optional[float] = None  # initial entropy in nats; none = unigram entropy of the text
 
 
-# Published configurations (paper, official config files). Training cells that LangFlow does not state are the shared Duo
-# protocol's, marked; the schedule's learning rate is then the network's, as one AdamW group would give.
+# The published configurations. Cells that LangFlow leaves open are the shared Duo protocol's, marked; there
+# the three scalars of the schedule are in the network's parameter group, hence their learning rate.
 _PUBLISHED = dict(
-    d_model=768, n_layer=12, n_head=12, cond_dim=128, mlp_ratio=4, dropout=0.1, gate_init=0.0,
-    batch=512, steps=1_000_000, lr=3e-4, warmup=2500, lr_schedule="constant", ema=0.9999, precision="auto",
-    beta1=0.9, beta2=0.999, adam_eps=1e-8, weight_decay=0.0, clip=1.0,                          # not published
-    schedule_lr=3e-4, self_cond_prob=0.25, bias_ramp=5000,                                      # schedule_lr not published
-    gumbel_loc=4.723, gumbel_scale=0.852, gumbel_entropy=7.02,
+    d_model=768, n_layer=12, n_head=12, cond_dim=128, mlp_ratio=4, dropout=0.1, gate_init=0.0, batch=512,
+    steps=1_000_000, lr=3e-4, warmup=2500, lr_schedule="constant", ema=0.9999, ema_warmup=True,
+    beta1=0.9, beta2=0.999, adam_eps=1e-8, weight_decay=0.0, clip=1.0,      # not published
+    schedule_lr=3e-4,                                                       # not published
+    self_cond_prob=0.25, bias_ramp=5000, gumbel_loc=4.723, gumbel_scale=0.852, gumbel_entropy=7.02,
     log_every=100, val_every=10_000, save_every=5000, sample_every=10_000)
-_TRUNK_10 = dict(d_model=384, n_layer=6, n_head=6, length=256)                                  # ten minutes of one GPU
+_TINY = dict(d_model=64, n_layer=3, n_head=4, cond_dim=64, length=64, batch=32, lr=5e-3, warmup=50,
+             lr_schedule="cosine", gate_init=0.5, ema=0.998, schedule_lr=2e-2)
+_TEN_MINUTES = dict(d_model=384, n_layer=6, n_head=6, cond_dim=128, length=256, lr=6e-4, warmup=200,
+                    lr_schedule="cosine", gate_init=0.5, ema=0.999, schedule_lr=5e-3, bias_ramp=200)
 
 PRESETS = {
-    "tiny": dict(d_model=64, n_layer=3, n_head=4, cond_dim=64, length=64, batch=32, steps=1800, lr=5e-3, warmup=50,
-                 lr_schedule="cosine", gate_init=0.5, ema=0.998, schedule_lr=2e-2, bias_ramp=0),
+    "tiny": dict(_TINY, steps=1800),
     "lm1b": dict(_PUBLISHED, data="lm1b", length=128),
     "owt": dict(_PUBLISHED, data="openwebtext", tokenizer="gpt2", length=1024),
     # text of your own on one GPU: python langflow.py --preset=text --data=FILE_OR_FOLDER
-    "text": dict(_TRUNK_10, cond_dim=128, dropout=0.1, tokenizer="bpe1024", batch=128, steps=10_000, lr=6e-4, warmup=200,
-                 lr_schedule="cosine", gate_init=0.5, ema=0.999, schedule_lr=5e-3, bias_ramp=200),
-    # equal-budget comparison of the five papers: same trunk, batch and steps for all
-    "bench10-cpu": dict(d_model=64, n_layer=3, n_head=4, cond_dim=64, length=64, batch=32, steps=2500, lr=5e-3, warmup=50,
-                        lr_schedule="cosine", gate_init=0.5, ema=0.998, schedule_lr=2e-2, bias_ramp=0),
-    "bench10": dict(_TRUNK_10, cond_dim=128, data="wikitext103", tokenizer="gpt2", batch=64, steps=8000, lr=6e-4, warmup=200,
-                    lr_schedule="cosine", gate_init=0.5, ema=0.999, schedule_lr=5e-3, bias_ramp=200),
+    "text": dict(_TEN_MINUTES, tokenizer="bpe1024", batch=128, steps=10_000, dropout=0.1),
+    # the equal-budget comparison of the five papers: same trunk, batch and steps for all
+    "bench10-cpu": dict(_TINY, steps=2500),
+    "bench10": dict(_TEN_MINUTES, data="wikitext103", tokenizer="gpt2", batch=64, steps=8000),
 }
 
-# --- 2. noise levels -------------------------------------------------------------------------------
+# --- 2. noise levels ----------------------------------------------------------------------------------------
 
-CUTOFF = 1e-5           # q is kept in [CUTOFF, 1 - CUTOFF] (official scheduler config)
+CUTOFF = 1e-5           # quantiles stay in [CUTOFF, 1 - CUTOFF] (official scheduler config)
+MIN_SCALE = 1e-2        # the official Gumbel parameters are free; the clamp only guards their sign
 
 
 def alpha_sigma(gamma):
-    """Signal and noise scale, alpha^2 = sigmoid(-gamma) and sigma^2 = sigmoid(gamma), same shape (official forward process)."""
+    """Signal and noise scale, alpha^2 = sigmoid(-gamma), sigma^2 = sigmoid(gamma); any shape."""
     return torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
 
 
 def tau_of(gamma):
-    """tau = alpha / sigma = exp(-gamma / 2), the time in which the probability flow is dy/dtau = x_hat."""
+    """tau = alpha / sigma = exp(-gamma / 2), the time in which the probability flow reads dy/dtau = x_hat."""
     return torch.exp(-gamma / 2)
 
 
 def c_skip(gamma):
-    """alpha / sigma^2, factor of the Gaussian bias: ln N(z; alpha e_v, sigma^2 I) = const + c_skip <z, e_v> for ||e_v||^2 = D."""
+    """alpha / sigma^2, the factor of the Gaussian bias (paper, eq. 44).
+
+    ln N(z; alpha e_v, sigma^2 I) = const + c_skip <z, e_v> when all ||e_v||^2 = D: the bias is the exact
+    likelihood of each token by itself, and the network has to supply only what the context says.
+    """
     return torch.exp((F.softplus(-gamma) - gamma) / 2)
 
 
@@ -100,62 +106,64 @@ def normalised(W):
     return W.shape[1] ** 0.5 * F.normalize(W, dim=1)
 
 
-class Gumbel(nn.Module):
-    """The learned schedule: three scalars. The density of gamma is the derivative of the information curve H / entropy.
+def initial_loc(d_model):
+    """loc0 = 4.723 + ln(D / 768): the published value moved with the width, as a norm of sqrt(D) moves it."""
+    return 4.723 + math.log(d_model / 768)
 
-    loc, scale are in units of gamma; entropy in nats per token. Values are stored raw, as in the published files.
+
+class Gumbel(nn.Module):
+    """The learned schedule: the density of gamma is the derivative of the information curve, H' / entropy.
+
+    loc and scale are in units of gamma, entropy in nats per token; stored raw, as in the published files.
     """
 
     def __init__(self, loc, scale, entropy):
         super().__init__()
-        self.loc, self.scale, self.entropy = (nn.Parameter(torch.tensor(float(x))) for x in (loc, scale, entropy))
+        self.loc = nn.Parameter(torch.tensor(float(loc)))
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.entropy = nn.Parameter(torch.tensor(float(entropy)))
 
     def gamma_of(self, q):
-        """gamma(q) = loc - scale ln(-ln q), q clamped to [CUTOFF, 1 - CUTOFF], in q's dtype and bounded by gamma_range.
+        """gamma(q) = loc - scale ln(-ln q) in q's dtype, q clamped to [CUTOFF, 1 - CUTOFF]; any shape.
 
-        The two roundings are those of torch's Gumbel inverse CDF, which the official code calls: float32 values agree
-        bit for bit. At q = 1 - CUTOFF they cost 0.012 scale in float32, nothing in float64.
+        The two roundings are those of torch's Gumbel inverse CDF, which the official code calls: float32
+        values agree bit for bit. At q = 1 - CUTOFF they cost 0.012 scale in float32, in float64 nothing.
         """
         q = ((q.clamp(CUTOFF, 1 - CUTOFF) - 0.5) + 0.5) * (1 - torch.finfo(q.dtype).eps)
         low, high = self.gamma_range()
-        return (self.loc - self.scale * torch.log(-torch.log(q))).clamp(low.to(q.dtype), high.to(q.dtype))
+        return (self.loc - self.scale * torch.log(-torch.log(q))).clamp(low, high)
 
     def gamma_range(self):
-        """gamma_min and gamma_max (0-d), the levels at which decoding starts and the prior holds; official formulas."""
+        """gamma_min, where tokens are decoded, and gamma_max, where the prior holds (official formulas)."""
         return self.loc - self.scale * math.log(-math.log(CUTOFF)), self.loc - self.scale * math.log(CUTOFF)
 
     def log_density(self, gamma):
-        """ln pi(gamma) = -u - exp(-u) - ln scale, u = (gamma - loc) / scale."""
+        """ln pi(gamma) = -u - exp(-u) - ln scale with u = (gamma - loc) / scale."""
         u = (gamma - self.loc) / self.scale
         return -u - torch.exp(-u) - torch.log(self.scale)
 
     def information(self, gamma):
-        """H(gamma) = entropy exp(-exp(-u)), nats per token still unknown at gamma; equals entropy * q at gamma(q)."""
+        """H(gamma) = entropy exp(-exp(-u)), nats per token unknown at gamma; H(gamma(q)) = entropy q."""
         return self.entropy * torch.exp(-torch.exp(-(gamma - self.loc) / self.scale))
 
 
-def initial_loc(d_model):
-    """loc0 = 4.723 + ln(D / 768): an embedding of norm sqrt(D) is recognisable in noise up to gamma ~ ln D."""
-    return 4.723 + math.log(d_model / 768)
-
-
-# --- 3. probability flow ---------------------------------------------------------------------------
+# --- 3. probability flow ------------------------------------------------------------------------------------
 
 
 def flow_step(y, x_hat, tau_t, tau_s):
-    """One Euler step of dy/dtau = x_hat from tau_t to tau_s, y = z / sigma [B, L, D] (paper, algorithm 2).
+    """Euler step of dy/dtau = x_hat from tau_t to tau_s, y = z / sigma [B, L, D] (paper, algorithm 2).
 
-    Equal to the DDIM step z_s = (sigma_s / sigma_t) z_t + (alpha_s - alpha_t sigma_s / sigma_t) x_hat, and to the
-    official exponential form; exact while x_hat stays the same.
+    Equal to DDIM, z_s = (sigma_s / sigma_t) z_t + (alpha_s - alpha_t sigma_s / sigma_t) x_hat, and to the
+    official exponential form; exact for as long as x_hat stays the same.
     """
     return y + (tau_s - tau_t) * x_hat
 
 
 def flow_integral(field, y, tau, heun=True):
-    """Carry (y, A) along the grid tau [n + 1] (decreasing: towards noise), dy/dtau = x_hat and dA/dtau = rate.
+    """Carry (y, A) along the grid tau [n + 1], falling towards noise: dy/dtau = x_hat, dA/dtau = rate.
 
-    field(y, j) -> (x_hat like y, rate [B]) at grid point j. Heun is the explicit trapezoid, two evaluations an interval.
-    Returns y at the last point and -A [B], the change of log density in nats (paper, eq. 20).
+    field(y, j) -> (x_hat like y, rate [B]) at grid point j. Heun is the explicit trapezoid, two evaluations
+    an interval. Returns y at the last point and -A [B], the integral of the paper's eq. (20) in nats.
     """
     area = 0.0
     for j in range(len(tau) - 1):
@@ -173,201 +181,211 @@ def one_of(name, value, *allowed):
         raise common.UserError(f"--{name}={value}: choose one of {', '.join(allowed)}")
 
 
-# --- 4. model --------------------------------------------------------------------------------------
+# --- 4. model -----------------------------------------------------------------------------------------------
 
 
 class LangFlow(nn.Module):
-    """Parameters carry the published names: proposal.loc / scale / entropy and backbone.* of the Duo DiT."""
+    """Parameters carry the published names: proposal.loc, scale, entropy and backbone.* of the shared DiT."""
 
     log_keys = ("loc", "scale", "entropy")
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
         one_of("self_cond_form", cfg.self_cond_form, "subset", "bernoulli")
-        self.every = round(1 / cfg.self_cond_prob) if cfg.self_cond_prob > 0 else 0
         if not 0 <= cfg.self_cond_prob <= 1:
-            raise common.UserError(f"--self_cond_prob={cfg.self_cond_prob} is not a probability")
-        if cfg.self_cond_form == "subset" and self.every and abs(self.every * cfg.self_cond_prob - 1) > 1e-6:
-            raise common.UserError(f"--self_cond_prob={cfg.self_cond_prob}: the subset form takes one row in k, so 1/k; "
-                                   "use --self_cond_form=bernoulli for other shares")
+            raise common.UserError(f"--self_cond_prob={cfg.self_cond_prob}: a probability lies in [0, 1]")
+        self.cfg, self.self_cond = cfg, cfg.self_cond_prob > 0
+        self.every = round(1 / cfg.self_cond_prob) if self.self_cond else 0     # subset: one row in `every`
+        if cfg.self_cond_form == "subset" and abs(self.every * cfg.self_cond_prob - self.self_cond) > 1e-6:
+            raise common.UserError(f"--self_cond_prob={cfg.self_cond_prob}: the subset form takes one row in "
+                                   "k, so 1/k; --self_cond_form=bernoulli takes any share")
         loc = initial_loc(cfg.d_model) if cfg.gumbel_loc is None else cfg.gumbel_loc
-        entropy = cfg.unigram_entropy or math.log(cfg.vocab) if cfg.gumbel_entropy is None else cfg.gumbel_entropy
-        self.proposal = Gumbel(loc, cfg.gumbel_scale, entropy)
-        self.backbone = common.DiT(cfg.d_model, cfg.n_layer, cfg.n_head, cond_dim=cfg.cond_dim, mlp_ratio=cfg.mlp_ratio,
-                                   dropout=cfg.dropout, length=cfg.length, vocab=cfg.vocab, out=cfg.vocab,
-                                   self_cond=True, gate_init=cfg.gate_init)
+        entropy = cfg.unigram_entropy if cfg.gumbel_entropy is None else cfg.gumbel_entropy
+        self.proposal = Gumbel(loc, cfg.gumbel_scale, entropy or math.log(cfg.vocab))
+        self.backbone = common.DiT(
+            cfg.d_model, cfg.n_layer, cfg.n_head, cond_dim=cfg.cond_dim, mlp_ratio=cfg.mlp_ratio,
+            dropout=cfg.dropout, length=cfg.length, vocab=cfg.vocab, out=cfg.vocab, self_cond=True,
+            gate_init=cfg.gate_init)
 
     def codebook(self):
-        """E [V, D], computed once per optimiser step or sampling run."""
+        """E [V, D]; computed once per optimiser step or sampling run."""
         return normalised(self.backbone.vocab_embed.embedding)
 
-    def head(self, z_t, gamma, x_sc, E, ramp=1.0, temperature=1.0):
-        """The network up to its vocabulary head: arguments of common's heads, in which logits = u W^T + b + skip E^T.
+    def head(self, z_t, gamma, x_sc, E, ramp=1.0):
+        """The network up to the vocabulary: keywords for common's heads, logits = u W^T + b + skip E^T.
 
-        z_t, x_sc [B, L, D], gamma [B]; `ramp` r scales the Gaussian bias, whose input is z itself, not the projected z.
+        z_t, x_sc [B, L, D], gamma [B]; `ramp` scales the Gaussian bias, whose input is z_t itself, not h.
         """
         proj, linear = self.backbone.self_cond_proj.weight, self.backbone.output_layer.linear
-        h = z_t + F.linear(torch.cat([z_t, x_sc], dim=-1), proj)             # [B, L, D]
-        u = self.backbone(h, self.backbone.cond(gamma))                      # [B, L, D]
-        # differs from the official code: the bias product stays in float32, they round z E^T (up to 250) to bf16
-        skip = ramp * bc(c_skip(gamma)) * z_t                                # [B, L, D]
-        if temperature == 1.0:
-            return dict(u=u, W=linear.weight, b=linear.bias, skip=skip, E=E)
-        return dict(u=u / temperature, W=linear.weight, b=linear.bias / temperature, skip=skip / temperature, E=E)
+        h = z_t + F.linear(torch.cat([z_t, x_sc], dim=-1), proj)            # [B, L, D]
+        u = self.backbone(h, self.backbone.cond(gamma))                     # [B, L, D]
+        # differs from the official code: z E^T (up to 250) stays in float32, there it is rounded to bf16
+        skip = ramp * bc(c_skip(gamma)) * z_t                               # [B, L, D]
+        return dict(u=u, W=linear.weight, b=linear.bias, skip=skip, E=E)
 
     def denoise(self, z_t, gamma, x_sc, E, targets=None, ramp=1.0):
-        """x_hat = E[E_x | z_t] [B, L, D] and the nll [B, L] of `targets` in nats; differentiable in z_t and x_sc only."""
+        """x_hat = E[E_x | z_t] [B, L, D] and the nll [B, L] of `targets`; gradients for z_t and x_sc only."""
         head = self.head(z_t, gamma, x_sc, E, ramp)
         head.update(W=head["W"].detach(), b=head["b"].detach())
         return common.expected_embedding(**head, values=E, targets=targets)
 
     def two_pass(self, z_t, gamma, E, targets=None, self_cond=True):
-        """`denoise` on its own first estimate, or on zeros without self-conditioning."""
+        """`denoise` given its own first estimate, or zeros without self-conditioning."""
         x_sc = torch.zeros_like(z_t)
         if self_cond:
             x_sc = self.denoise(z_t, gamma, x_sc, E)[0]
         return self.denoise(z_t, gamma, x_sc, E, targets)
 
-    # --- 5. loss (paper, eq. 18 and algorithm 1) ---------------------------------------------------
+    # --- 5. loss (paper, eq. 18 and algorithm 1) ------------------------------------------------------------
 
     def loss(self, batch, t=None, noise=None, coins=None):
-        """(CE + schedule loss in nats per token, metrics). Draws: t = quantiles q [B], noise = eps [B, L, D],
+        """(CE + schedule loss, metrics) in nats per token. Draws: t = quantiles q [B], noise = eps [B, L, D],
         coins = bool [B], the rows that see their own first estimate."""
-        tokens, mask = batch["tokens"], batch.get("mask")                    # [B, L] int64, bool
+        tokens, mask = batch["tokens"], batch.get("mask")                   # [B, L] int64, [B, L] bool
         rows = batch.get("rows") or common.Rows.default(len(tokens))
-        step = batch["rows"].step if "rows" in batch else math.inf           # bare use: no step, full Gaussian bias
-        ramp = min(1.0, step / max(1, self.cfg.bias_ramp)) if self.cfg.bias_ramp else 1.0
-        E = self.codebook()                                                  # [V, D]
+        E = self.codebook()                                                 # [V, D]
 
-        # 1. noise level: stratified over the global batch; gamma is data for everything but the schedule loss's target
+        # 1. noise level, stratified over the global batch; no gradient reaches the schedule through it
         q = rows.uniform(device=tokens.device) if t is None else t
-        gamma = self.proposal.gamma_of(q.to(E.dtype)).detach()               # [B]
+        gamma = self.proposal.gamma_of(q.to(E.dtype)).detach()              # [B]
+
         # 2. forward process
-        x = F.embedding(tokens, E)                                           # [B, L, D]
+        x = F.embedding(tokens, E)                                          # [B, L, D]
         eps = torch.randn_like(x) if noise is None else noise
         alpha, sigma = alpha_sigma(gamma)
-        z_t = bc(alpha) * x + bc(sigma) * eps                                # [B, L, D]
-        # 3. first pass, without gradient, on the rows that draw it
+        z_t = bc(alpha) * x + bc(sigma) * eps                               # [B, L, D]
+
+        # 3. first pass, without gradient, on the rows that drew it (in train mode, dropout included)
+        ramp = self.bias_factor(batch)
         x_sc = torch.zeros_like(z_t)
         index = (self.self_cond_rows(rows) if coins is None else coins).nonzero()[:, 0].to(tokens.device)
         if len(index):
             with torch.no_grad():
                 x_sc[index] = self.denoise(z_t[index], gamma[index], x_sc[index], E, ramp=ramp)[0]
-        # 4. main pass; weights sum to one over the global batch
-        counts = torch.ones_like(tokens, dtype=E.dtype) if mask is None else mask.to(E.dtype)      # [B, L]
+
+        # 4. main pass; the weights sum to one over the global batch
+        counts = torch.ones_like(tokens, dtype=E.dtype) if mask is None else mask.to(E.dtype)       # [B, L]
         length = batch["global_len"].to(E.dtype).mean() if "global_len" in batch else counts.sum(1).mean()
         head = self.head(z_t, gamma, x_sc, E, ramp)
         ce, nll = common.token_ce(**head, targets=tokens, weight=counts / (len(tokens) * length))
-        # 5. the schedule follows the CE of each row (each has its own gamma); its gradient ends at the three scalars
-        nll_row = (nll * counts).sum(1) / counts.sum(1).clamp(min=1)         # [B]
+
+        # 5. the schedule follows the CE of each row at its own gamma; a gradient for the three scalars only
+        nll_row = (nll * counts).sum(1) / counts.sum(1).clamp(min=1)        # [B]
         sched = (nll_row - self.proposal.information(gamma)).square().mean()
         scalars = {name: p.detach() for name, p in self.proposal.named_parameters()}
         return ce + sched, dict(ce=ce.detach(), sched=sched.detach(), **scalars)
 
-    def self_cond_rows(self, rows):
-        """bool [B] on the CPU: which rows get a first pass, a function of (seed, step) over the global batch.
+    def bias_factor(self, batch):
+        """r in [0, 1]: the Gaussian bias grows linearly over the first steps; full without a step count."""
+        if not self.cfg.bias_ramp or "rows" not in batch:
+            return 1.0
+        return min(1.0, batch["rows"].step / self.cfg.bias_ramp)
 
-        differs from the paper: by default exactly one row in 1 / self_cond_prob instead of one coin for the whole batch;
-        the same expectation at a constant cost of 1.25 forwards and constant shapes. Times are permuted, so a row's
-        place says nothing about its gamma.
+    def self_cond_rows(self, rows):
+        """bool [B] on the CPU: rows with a first pass, a function of (seed, step) over the global batch.
+
+        differs from the paper: by default exactly one row in 1 / self_cond_prob, not one coin for the batch.
+        Same expectation, constant cost (1.25 forwards) and shapes; a row's place says nothing of its gamma.
         """
-        if not self.every:
+        if not self.self_cond:
             return torch.zeros(rows.n_local, dtype=torch.bool)
         if self.cfg.self_cond_form == "subset":
-            return rows.subset(self.every, salt=1)
+            return rows.subset(self.every)
         return torch.full((rows.n_local,), bool(rows.rng(4).random() < self.cfg.self_cond_prob))
 
     def param_groups(self):
-        # differs from the official baseline: a large schedule residual must not shrink the network's clipped gradient
+        # differs from the Duo protocol: a large schedule residual must not shrink the network's clipped
+        # gradient, and scalars that Adam moves by one lr a step need a large one in a run of some 1,000 steps
         return [dict(params=list(self.backbone.parameters()), lr=self.cfg.lr),
                 dict(params=list(self.proposal.parameters()), lr=self.cfg.schedule_lr, weight_decay=0.0,
                      clip="schedule", lr_schedule="constant")]
 
     @torch.no_grad()
     def after_step(self, step, ok):
-        self.proposal.scale.clamp_(min=1e-2)        # positivity only; the scale may swell on its way (start far from loc)
+        self.proposal.scale.clamp_(min=MIN_SCALE)
 
-    # --- 6. likelihood (paper, theorem 3.1 and eq. 20) ---------------------------------------------
+    # --- 6. likelihood (paper, theorem 3.1 and eq. 20) ------------------------------------------------------
 
-    def nll(self, tokens, mask=None, likelihood="sde", divergence="chain", steps=32, draws=8, solver="heun",
-            probe="rademacher", t=None, noise=None):
-        """Bound on -ln p(tokens) in nats per sequence: dict of [B] tensors 'nll' and the terms that add up to it.
+    def nll(self, tokens, mask=None, likelihood="sde", divergence="chain", draws=8, ode_steps=32,
+            ode_solver="heun", probe="rademacher", t=None, noise=None):
+        """-ln p(tokens), bounded from above, in nats per sequence: 'nll' [B] and the terms that add up to it.
 
-        likelihood=sde   reconst + integral + prior, `draws` noise levels stratified per sequence; a bound with any
-                         self-conditioning. divergence=none leaves the self-conditioning out.
-        likelihood=ode   `steps` intervals of the probability flow; divergence=chain (a bound), none (a bound, without
-                         self-conditioning) or detached (the published figures; NOT a bound).
-        Draws: t [draws, B] quantiles (sde); noise [1 + n, B, L, D]: eps of the first state, then one per draw (sde) or one
-        probe per evaluation of the field (ode). Evaluate in eval mode.
+        likelihood=sde  reconst + integral + prior at `draws` noise levels, stratified for each sequence; a
+                        bound with any self-conditioning. divergence=none leaves self-conditioning out.
+        likelihood=ode  the probability flow in `ode_steps` intervals. divergence=chain is a bound, none is
+                        one without self-conditioning, detached gives published figures: NOT a bound.
+        Draws: t = quantiles [draws, B] (sde); noise [1 + n, B, L, D] = eps of the state at gamma_min, then
+        one per draw (sde) or one probe per evaluation of the field (ode). The model must be in eval mode.
         """
         one_of("likelihood", likelihood, "sde", "ode")
         one_of("divergence", divergence, "chain", "none", "detached")
-        one_of("solver", solver, "heun", "euler")
+        one_of("ode_solver", ode_solver, "heun", "euler")
         one_of("probe", probe, "rademacher", "gaussian")
-        if min(steps, draws) < 1:
-            raise common.UserError("--steps and --draws must be at least 1")
-        if not self.cfg.self_cond_prob:
-            divergence = "none"
-        E = self.codebook().detach()
-        x = F.embedding(tokens, E)
-        counts = torch.ones_like(tokens, dtype=E.dtype) if mask is None else mask.to(E.dtype)      # [B, L]
-        draw = iter(noise) if noise is not None else iter(lambda: torch.randn_like(x), None)
+        if min(draws, ode_steps) < 1:
+            raise common.UserError(f"--draws={draws} --ode_steps={ode_steps}: both must be at least 1")
+        mode = divergence if self.self_cond else "none"
         with torch.no_grad():
-            gamma_min, gamma_max = (g.expand(len(tokens)) for g in self.proposal.gamma_range())
+            E = self.codebook()
+            x = F.embedding(tokens, E)
+            counts = torch.ones_like(x[..., 0]) if mask is None else mask.to(E.dtype)               # [B, L]
+            gamma_min, gamma_max = (gamma.expand(len(x)) for gamma in self.proposal.gamma_range())
             alpha, sigma = alpha_sigma(gamma_min)
-            eps = next(draw)
+            eps = torch.randn_like(x) if noise is None else noise[0]
             z_a = bc(alpha) * x + bc(sigma) * eps
-            reconst = (self.two_pass(z_a, gamma_min, E, tokens, divergence != "none")[1] * counts).sum(1)
+            reconst = (self.two_pass(z_a, gamma_min, E, tokens, mode != "none")[1] * counts).sum(1)
+            later = None if noise is None else noise[1:]
             if likelihood == "sde":
-                terms = self._sde_terms(x, counts, E, gamma_max, divergence != "none", draws, t, draw)
+                terms = self._sde_terms(x, counts, E, gamma_max, mode != "none", draws, t, later)
             else:
-                terms = self._ode_terms(z_a / bc(sigma), eps, counts, E, divergence, steps, solver, probe, noise, draw)
+                y_a = z_a / bc(sigma)
+                terms = self._ode_terms(y_a, eps, counts, E, mode, ode_steps, ode_solver, probe, later)
         return dict(nll=reconst + sum(terms.values()), reconst=reconst, **terms)
 
-    def _sde_terms(self, x, counts, E, gamma_max, self_cond, draws, t, draw):
-        """integral = mean over q of (1/2) e^-gamma ||x_hat - x||^2 / pi(gamma); prior = (1/2) e^-gamma_max ||x||^2 >= KL."""
+    def _sde_terms(self, x, counts, E, gamma_max, self_cond, draws, t, noise):
+        """integral: mean of e^-gamma ||x_hat - x||^2 / 2 pi(gamma); prior: e^-gamma_max ||x||^2 / 2 >= KL."""
         if t is None:
             strata = torch.arange(draws, device=x.device, dtype=x.dtype)[:, None]
             t = (strata + torch.rand(draws, len(x), device=x.device, dtype=x.dtype)) / draws
-        total = torch.zeros_like(counts[:, 0])
-        for q in t:
-            gamma = self.proposal.gamma_of(q)                                # [B]
+        total = torch.zeros_like(gamma_max)
+        for j, q in enumerate(t):
+            gamma = self.proposal.gamma_of(q)                               # [B]
             alpha, sigma = alpha_sigma(gamma)
-            x_hat, _ = self.two_pass(bc(alpha) * x + bc(sigma) * next(draw), gamma, E, self_cond=self_cond)
-            error = ((x_hat - x).square().sum(-1) * counts).sum(1)           # [B]
+            z_t = bc(alpha) * x + bc(sigma) * (torch.randn_like(x) if noise is None else noise[j])
+            x_hat, _ = self.two_pass(z_t, gamma, E, self_cond=self_cond)
+            error = ((x_hat - x).square().sum(-1) * counts).sum(1)          # [B]
             total += 0.5 * torch.exp(-gamma - self.proposal.log_density(gamma)) * error
         prior = 0.5 * torch.exp(-gamma_max) * (x.square().sum(-1) * counts).sum(1)
         return dict(integral=total / len(t), prior=prior)
 
-    def _ode_terms(self, y, eps, counts, E, divergence, steps, solver, probe, noise, draw):
-        """integral = change of log density along the flow; prior = ||y_b||^2 / 2 - N / 2; control = N / 2 - ||eps||^2 / 2.
+    def _ode_terms(self, y, eps, counts, E, mode, steps, solver, probe, noise):
+        """integral = change of log density along the flow, prior = (||y_b||^2 - N) / 2.
 
-        differs from the official code: `control` has mean zero and removes the sqrt(N / 2) nats of noise per sequence
-        that eps puts into the other two terms. Leave it out to get the published estimator.
+        differs from the official code: control = (N - ||eps||^2) / 2 has mean zero and cancels the noise, of
+        standard deviation sqrt(N / 2) nats a sequence, that eps brings into the other terms.
         """
         gamma = self.proposal.gamma_of(torch.linspace(0, 1, steps + 1, dtype=E.dtype, device=E.device))
-        _, sigma = alpha_sigma(gamma)
+        sigma = alpha_sigma(gamma)[1]
+        probes = None if noise is None else iter(noise)
 
         def field(y, j):
-            u = next(draw)
-            if probe == "rademacher" and noise is None:                      # never more variance than a Gaussian probe
+            u = torch.randn_like(eps) if probes is None else next(probes)
+            if probe == "rademacher" and probes is None:                    # never noisier than a Gaussian
                 u = u.sign()
-            level = gamma[j].expand(len(y))
-            x_hat, trace = self.divergence((sigma[j] * y).to(E.dtype), level, E, u * counts[..., None], divergence)
+            z_t, level = (sigma[j] * y).to(E.dtype), gamma[j].expand(len(y))
+            x_hat, trace = self.divergence(z_t, level, E, u * counts[..., None], mode)
             return (x_hat * counts[..., None]).double(), (sigma[j] * trace).double()
 
         y_b, integral = flow_integral(field, y.double(), tau_of(gamma.double()), heun=solver == "heun")
-        half_n = 0.5 * E.shape[1] * counts.sum(1)
-        prior = 0.5 * (y_b.square().sum(-1) * counts).sum(1) - half_n
-        control = half_n - 0.5 * (eps.square().sum(-1) * counts).sum(1)
+        n = E.shape[1] * counts.sum(1)
+        prior = 0.5 * ((y_b.square().sum(-1) * counts).sum(1) - n)
+        control = 0.5 * (n - (eps.square().sum(-1) * counts).sum(1))
         return dict(integral=integral.to(E.dtype), prior=prior.to(E.dtype), control=control)
 
     def divergence(self, z_t, gamma, E, probe, mode):
-        """x_hat [B, L, D] and Hutchinson's estimate [B] of the trace of d x_hat / dz, one probe u [B, L, D].
+        """x_hat [B, L, D] and Hutchinson's estimate [B] of the trace of d x_hat / dz from a probe [B, L, D].
 
-        The field that the flow integrates is x_hat(z, sc(z)), so its divergence has a second term through sc. `chain`
-        keeps it, `detached` drops it (then a model that copies its input scores arbitrarily well), `none` has no sc.
+        The flow integrates x_hat(z, sc(z)), so the trace has a part that runs through sc. `chain` keeps it,
+        `detached` drops it (a model that copies its input then scores as well as it likes), `none` has no sc.
         """
         with torch.enable_grad():
             z_t = z_t.detach().requires_grad_(True)
@@ -379,103 +397,102 @@ class LangFlow(nn.Module):
         return x_hat.detach(), (grad * probe).sum((1, 2))
 
     def describe_nll(self, likelihood="sde", divergence="chain", **_):
-        """One line that names the estimator `nll` would use, and says when it is not a bound."""
-        sc = divergence if self.cfg.self_cond_prob else "none"
+        """One line that names the estimator of `nll` and says so when it is not a bound."""
+        mode = divergence if self.self_cond else "none"
         if likelihood == "sde":
-            return "SDE bound, " + ("without self-conditioning" if sc == "none" else "self-conditioned (two passes)")
-        return "ODE likelihood, " + {"none": "without self-conditioning: a bound", "chain": "self-conditioned, full chain "
-                                     "rule: a bound", "detached": "self-conditioning detached: NOT A BOUND"}[sc]
+            return "SDE bound, " + ("no self-conditioning" if mode == "none" else "self-conditioned")
+        return "ODE likelihood, " + {"none": "no self-conditioning (a bound)",
+                                     "chain": "self-conditioned, full chain rule (a bound)",
+                                     "detached": "self-conditioning detached: NOT A BOUND"}[mode]
 
-    # --- 7. sampler (official generate_samples; paper, algorithm 2) --------------------------------
+    # --- 7. sampler (official generate_samples; paper, algorithm 2) -----------------------------------------
 
     @torch.no_grad()
-    def sample(self, n, length, steps, known=None, known_mask=None, watch=None, temperature=1.0, solver="euler",
-               q_start=1.0, noise=None):
-        """Tokens [n, length] by `steps` network evaluations (Heun: 2 steps - 1), quantiles falling evenly from q_start.
+    def sample(self, n, length, steps, known=None, known_mask=None, watch=None, temperature=1.0,
+               solver="euler", rewrite=0.0, noise=None):
+        """Tokens [n, length] from `steps` network evaluations (Heun: 2 steps - 1), q falling evenly to 0.
 
-        known [n, length] with known_mask (bool): those positions are held, the rest is filled in (prefix, infilling).
-        q_start < 1 starts from `known` noised to that level (SDEdit: small q_start = light rewriting). temperature < 1
-        sharpens the posterior. watch(step, tokens) sees the current guess. noise [n, length, D] replaces the first draw.
+        known [n, length] at the positions of known_mask (None: everywhere) is held: prefixes, infilling. With
+        rewrite > 0 it is let go at that quantile and may change (SDEdit; 0.2 rewrites lightly, 0.8 freely).
+        temperature < 1 sharpens the posterior. watch(step, tokens) sees the current guess. noise [n, length,
+        D] replaces the first draw. The model must be in eval mode.
         """
         one_of("solver", solver, "euler", "heun")
-        if steps < 1 or temperature <= 0 or not 0 < q_start <= 1:
-            raise common.UserError("sampling needs --steps >= 1, --temperature > 0 and 0 < --q_start <= 1")
-        if known is None and q_start < 1:
-            raise common.UserError(f"--q_start={q_start} rewrites a text: give one with --prompt or --infill")
+        if steps < 1 or temperature <= 0 or not 0 <= rewrite <= 1:
+            raise common.UserError("sampling needs --steps >= 1, --temperature > 0 and 0 <= --rewrite <= 1")
+        if known is None and rewrite:
+            raise common.UserError(f"--rewrite={rewrite}: there is no text to rewrite; give one")
         E = self.codebook()
-        q = torch.linspace(min(q_start, 1 - CUTOFF), CUTOFF, steps, dtype=E.dtype, device=E.device)
-        gamma = self.proposal.gamma_of(q)                                    # [steps], falling
-        tau, (alpha, sigma) = tau_of(gamma.double()), alpha_sigma(gamma.double())
-
-        z = torch.randn(n, length, E.shape[1], dtype=E.dtype, device=E.device) if noise is None else noise
-        held = torch.zeros(n, length, 1, dtype=torch.bool, device=E.device)
-        x = torch.zeros_like(z)
+        fixed = torch.zeros(n, length, 1, dtype=torch.bool, device=E.device)
         if known is not None:
-            x = F.embedding(known, E)
-            if known_mask is not None:
-                held = known_mask[..., None]
-            z = torch.where(held | (q_start < 1), (alpha[0] * x + sigma[0] * z).to(E.dtype), z)
-        y = z.double() / sigma[0]                                            # solver state, float64
-        x_sc = torch.zeros_like(z)
+            fixed = torch.ones_like(fixed) if known_mask is None else known_mask[..., None]
+        start = rewrite if rewrite and fixed.all() else 1.0                 # above, nothing is decided
+        q = torch.linspace(min(start, 1 - CUTOFF), CUTOFF, steps, dtype=E.dtype, device=E.device)
+        gamma = self.proposal.gamma_of(q)                                   # [steps], falling
+        tau, (alpha, sigma) = tau_of(gamma.double()), alpha_sigma(gamma.double())
+        held = (q > rewrite).tolist()
+
+        z_t = torch.randn(n, length, E.shape[1], dtype=E.dtype, device=E.device) if noise is None else noise
+        x = torch.zeros_like(z_t) if known is None else F.embedding(known, E)
+        z_t = torch.where(fixed, (alpha[0] * x + sigma[0] * z_t).to(E.dtype), z_t)
+        y = z_t.double() / sigma[0]                                         # solver state in float64
+        x_sc = torch.zeros_like(z_t)
 
         def evaluate(y, k, x_sc):
-            z_t = (sigma[k] * y).to(E.dtype)
-            head = self.head(z_t, gamma[k].expand(n), x_sc, E, temperature=temperature)
-            return head, torch.where(held, x, common.expected_embedding(**head, values=E)[0])
+            head = self.head((sigma[k] * y).to(E.dtype), gamma[k].expand(n), x_sc, E)
+            if temperature != 1:
+                head.update({name: head[name] / temperature for name in ("u", "b", "skip")})
+            x_hat = common.expected_embedding(**head, values=E)[0]
+            # with x_hat = E[x] a held position follows its own exact flow, y = tau E[x] + eps
+            return head, torch.where(fixed, x, x_hat) if held[k] else x_hat
 
         for k in range(steps - 1):
-            # a held position follows its own exact flow, y = tau E[x] + eps, because its x_hat is E[x] at every step
             head, x_hat = evaluate(y, k, x_sc)
             y_next = flow_step(y, x_hat, tau[k], tau[k + 1])
             if solver == "heun":
-                _, x_end = evaluate(y_next, k + 1, x_hat if self.every else x_sc)
+                _, x_end = evaluate(y_next, k + 1, x_hat if self.self_cond else x_sc)
                 y_next, x_hat = flow_step(y, (x_hat.double() + x_end) / 2, tau[k], tau[k + 1]), x_end
             y = y_next
-            if self.every:
-                x_sc = x_hat                                                 # no second pass: the last step's estimate
+            if self.self_cond:
+                x_sc = x_hat                                                # of this step: no second pass
             if watch is not None:
                 guess = common.greedy(**head)
-                watch(k, guess if known is None else torch.where(held[..., 0], known, guess))
-        z_t = (sigma[-1] * y).to(E.dtype)
-        tokens = common.greedy(**self.head(z_t, gamma[-1].expand(n), x_sc, E))
-        return tokens if known is None else torch.where(held[..., 0], known, tokens)
+                watch(k, torch.where(fixed[..., 0], known, guess) if known is not None and held[k] else guess)
+        head = self.head((sigma[-1] * y).to(E.dtype), gamma[-1].expand(n), x_sc, E)
+        tokens = common.greedy(**head)
+        return tokens if known is None or rewrite else torch.where(fixed[..., 0], known, tokens)
 
-    # --- 8. what `eval` prints, cost, published weights --------------------------------------------
+    # --- 8. what `eval` prints, cost ------------------------------------------------------------------------
 
     @torch.no_grad()
     def diagnostics(self, corpus):
-        """Lines: the schedule, CE at eight fixed noise levels (comparable between runs, unlike the loss), the codebook."""
+        """Lines: the schedule, CE at eight fixed noise levels (these compare between runs), the codebook."""
         E, p = self.codebook(), self.proposal
         rows = corpus.rows("val", range(min(64, corpus.n_rows("val"))))
         tokens = rows["tokens"].to(E.device)
         mask = rows["mask"].to(E.device) if "mask" in rows else torch.ones_like(tokens, dtype=torch.bool)
-        x = F.embedding(tokens, E)
-        low, high = p.gamma_range()
-        yield (f"schedule: loc {p.loc:.3f}  scale {p.scale:.3f}  entropy {p.entropy:.3f} nats  "
-               f"gamma in [{low:.2f}, {high:.2f}]")
-        yield "gamma, CE in one pass, CE self-conditioned, information curve (nats per token):"
+        x, (low, high) = F.embedding(tokens, E), p.gamma_range()
+        lines = [f"schedule: loc {p.loc:.3f}  scale {p.scale:.3f}  entropy {p.entropy:.3f} nats  gamma in "
+                 f"[{low:.2f}, {high:.2f}]",
+                 "  gamma: CE in one pass, in two passes, information curve, nats per token"]
         for k in range(8):
-            gamma = torch.full((len(tokens),), math.log(E.shape[1] / 64) + k, device=E.device, dtype=E.dtype)
+            gamma = torch.full((len(x),), math.log(E.shape[1] / 64) + k, device=E.device, dtype=E.dtype)
             alpha, sigma = alpha_sigma(gamma)
             z_t = bc(alpha) * x + bc(sigma) * torch.randn_like(x)
-            ce = [self.two_pass(z_t, gamma, E, tokens, sc)[1][mask].mean() for sc in (False, self.every > 0)]
-            yield f"  {gamma[0]:6.2f}  {ce[0]:.3f}  {ce[1]:.3f}  {p.information(gamma[0]):.3f}"
-        some = E[:1000] / E.shape[1] ** 0.5
-        distance = torch.cdist(some, E / E.shape[1] ** 0.5)
-        distance[torch.arange(len(some)), torch.arange(len(some))] = math.inf
-        yield f"codebook: mean nearest-neighbour distance of E / sqrt(D) {distance.amin(1).mean():.3f} (collapse: near 0)"
+            one, two = (self.two_pass(z_t, gamma, E, tokens, sc)[1][mask].mean()
+                        for sc in (False, self.self_cond))
+            lines.append(f"  {gamma[0]:5.2f}: {one:.3f}  {two:.3f}  {p.information(gamma[0]):.3f}")
+        unit = F.normalize(E, dim=1)
+        nearest = torch.cdist(unit[:1000], unit).topk(2, dim=1, largest=False).values[:, 1]   # [:, 0]: itself
+        return lines + [f"codebook: mean nearest-neighbour distance {nearest.mean():.3f} (0: collapsed)"]
 
     def flops_per_token(self, train):
-        """Multiply-adds times two: trunk, both products of the logits, and p E wherever an estimate is formed."""
+        """Trunk, both products of the logits, and p E wherever an estimate is formed (2 per multiply-add)."""
         cfg = self.cfg
-        logits = common.trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio) + 4 * cfg.vocab * cfg.d_model
+        trunk = common.trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio)
+        logits = trunk + 4 * cfg.vocab * cfg.d_model
         estimate = logits + 2 * cfg.vocab * cfg.d_model
         return 3 * logits + cfg.self_cond_prob * estimate if train else estimate
-
-    @staticmethod
-    def published(raw):
-        """Published safetensors have our names; the rotary frequencies they carry are computed here."""
-        return {name: value for name, value in raw.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 if __name__ == "__main__":
