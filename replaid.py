@@ -1,40 +1,44 @@
-"""RePlaid: likelihood-trained Gaussian diffusion on learned 16-dimensional embeddings (arXiv:2605.18530; Plaid: 2305.18619).
+"""RePlaid: likelihood-trained Gaussian diffusion on learned embeddings (arXiv:2605.18530; Plaid: 2305.18619).
 
-Every token v has a unit-norm embedding E_v. A text is diffused as z_t = alpha_t E[x] + sigma_t eps; t = 0 is the DATA end, t = 1
-the noise end. gamma = -log SNR = 2 log(sigma / alpha) rises from gamma_0 to gamma_1 along a learned monotone schedule, with
-alpha^2 = sigmoid(-gamma) and sigma^2 = sigmoid(gamma). The network sees (z_t, gamma) and gives
+Every token v has a unit-norm embedding E_v of 16 numbers. A text is diffused as z_t = alpha_t E[x] + sigma_t
+eps; t = 0 is the DATA end, t = 1 the noise end. gamma = -log SNR = 2 log(sigma / alpha) rises from gamma_0 to
+gamma_1 on a learned monotone schedule; alpha^2 = sigmoid(-gamma), sigma^2 = sigmoid(gamma). The network sees
+(z_t, gamma):
 
-    logits = W u + b + (alpha / sigma^2) z E^T        the last term, the "output prior", is log q(z | v) + const
-    x_hat  = softmax(logits) E                        so W u + b only has to model the context
+    logits = W u + b + (alpha / sigma^2) z E^T     the last term, the "output prior", is log q(z | v) + const,
+    x_hat  = softmax(logits) E                     so W u + b only has to model the context
 
-Training minimises the negative evidence lower bound, in nats per token, over everything: network, E and endpoints.
+Training minimises the negative evidence lower bound (nats per token) over network, embeddings and endpoints:
 
     prior           KL(q(z_1 | x) || N(0, I))
     reconstruction  -log softmax(logits(z_0))[x]                            rows with t = 0
     diffusion       1/2 gamma'(t) exp(-gamma(t)) |E[x] - x_hat|^2           rows with t in (0, 1)
 
-The shape of gamma between its ends does not change the bound, only its variance: it descends E[l^2] of the per-row diffusion
-loss l, the same gradient times 2 l. That makes l(t) flat in t and the cross-entropy nearly linear in t. One row in four is
-self-conditioned: it also sees the network's own first estimate x_sc of E[x], and teaches nothing but the network.
+The shape of gamma between its ends changes only the bound's variance. It descends E[l^2] of the per-row
+diffusion loss l (the same gradient times 2 l), which makes l(t) flat and the cross-entropy nearly linear in
+t. One row in four is self-conditioned: it also sees the network's first estimate x_sc of E[x], and teaches
+only the network.
 
-Sampling: z ~ N(0, I) at t = 1; for t -> s: x_hat = model(z, gamma_t, x_sc);  z <- q(z_s | z_t, x_hat);  x_sc <- x_hat;
-tokens = argmax of the logits at gamma(0) = gamma_0. Solvers: ddpm (ancestral), ddim, dpmpp (DPM-Solver++ 2M), heun.
+Sampling: z ~ N(0, I) at t = 1; for t -> s: x_hat = model(z, gamma_t, x_sc); z ~ q(z_s | z_t, x_hat); x_sc =
+x_hat; tokens = argmax of the logits at gamma_0. Solvers: ddpm (ancestral), ddim, dpmpp (DPM-Solver++ 2M),
+heun.
 
-No official code or weights exist. What the sources leave open is settled as follows (the numbers are used below):
+No official code or weights exist. What the sources leave open is settled as follows:
   [R1] the timestep embedder is fed raw gamma        [R2] z and x_sc enter through two summed linear maps
-  [R3] dropout 0.1 for OpenWebText, 0 for scaling    [R4] head product in the blocks' precision; prior, softmax, x_hat float32
-  [R5] no short-sequence trick                       [R6] the output prior ramps up over `bias_ramp` steps, as in Plaid
+  [R3] dropout 0.1 for OpenWebText, 0 for scaling    [R4] W u as precise as the blocks, the rest float32
+  [R5] no short-sequence trick                       [R6] the output prior fades in over `bias_ramp` steps
   [R7] EMA 0.9999 for OpenWebText, none for scaling
-# differs from the official Plaid code: reconstruction rows and times are shuffled over the batch; one row of every group of four
-is self-conditioned instead of a strided set; both leave every expectation as it is and make ranks agree by construction.
+# differs from the official code (of Plaid): times and reconstruction rows are permuted over the batch, and
+one row of every four is self-conditioned in place of a strided set. Expectations are the same; ranks then
+agree.
 
     python replaid.py                                            # train `tiny` on a CPU, minutes
     python replaid.py sample --steps=32 --sampler=dpmpp --watch  # text out of noise
     torchrun --nproc_per_node=8 replaid.py --preset=owt          # the paper's OpenWebText model
 """
-import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -46,9 +50,9 @@ from common import bc
 # --- 1. configuration ------------------------------------------------------------------------------
 
 NORM_EPS = 1e-8             # unit norm is M / (|M| + 1e-8)  (official Plaid code)
-STATS_INIT = 1e-8           # start of the five running sums behind the number of reconstruction rows (official)
+STATS_INIT = 1e-8           # start of the running sums behind the number of reconstruction rows (official)
 STATS_DECAY = 0.997         # and their decay
-CHUNK_ELEMENTS = {"cpu": 2 ** 22, "cuda": 2 ** 27}      # logits alive at once in the fused head
+CHUNK_ELEMENTS = {"cpu": 2 ** 22, "cuda": 2 ** 28}      # logits alive at once in the fused head
 
 
 @dataclass
@@ -57,7 +61,7 @@ class Config(common.Config):
     gamma_0: float = -3.0           # initial -log SNR at t = 0, the data end (learned)
     gamma_1: float = 6.0            # initial -log SNR at t = 1, the noise end (learned)
     schedule_width: int = 1024      # hidden units of the monotone schedule net
-    bias_ramp: int = 5000           # steps over which the output prior is faded in [R6]; 0 = off
+    bias_ramp: int = 5000           # steps over which the output prior is faded in; 0 = off
     self_cond_every: int = 4        # one row in this many is self-conditioned; 0 = none, 1 = all
     output_prior: bool = True       # the (alpha / sigma^2) z E^T logits; false = the paper's ablation
     lr_embed: float = 1e-2          # learning rate of the embedding matrix; 0 freezes it
@@ -66,41 +70,42 @@ class Config(common.Config):
     bounds_decay: float = 1e-3      # decay of gamma_0 and gamma_1 towards 0 per step at the peak rate
 
 
-# label: width, blocks, heads; labels are the names of the scaling study, not parameter counts (section 6 of the paper's protocol)
+# label: width, blocks, heads. Labels are the scaling study's names; they are not parameter counts.
 SIZES = {
-    "6M": (256, 6, 4), "19M": (384, 8, 6), "34M": (512, 8, 8), "48M": (576, 9, 9), "66M": (640, 10, 10), "85M": (640, 13, 10),
-    "75M": (640, 16, 8), "113M": (768, 12, 12), "142M": (768, 15, 12), "170M": (768, 18, 12), "180M": (896, 14, 14),
-    "206M": (896, 16, 14), "231M": (896, 18, 14), "268M": (1024, 16, 16), "302M": (1024, 18, 16), "336M": (1024, 20, 16),
-    "472M": (1280, 18, 10), "551M": (1280, 21, 10), "571M": (1408, 18, 11), "629M": (1280, 24, 10), "666M": (1408, 21, 11),
-    "761M": (1408, 24, 11), "831M": (1536, 22, 12), "944M": (1536, 25, 12), "1233M": (1792, 24, 14), "1476M": (2048, 22, 16),
-    "1678M": (2048, 25, 16), "2121M": (2176, 28, 17),
+    "6M": (256, 6, 4), "19M": (384, 8, 6), "34M": (512, 8, 8), "48M": (576, 9, 9), "66M": (640, 10, 10),
+    "85M": (640, 13, 10), "75M": (640, 16, 8), "113M": (768, 12, 12), "142M": (768, 15, 12),
+    "170M": (768, 18, 12), "180M": (896, 14, 14), "206M": (896, 16, 14), "231M": (896, 18, 14),
+    "268M": (1024, 16, 16), "302M": (1024, 18, 16), "336M": (1024, 20, 16), "472M": (1280, 18, 10),
+    "551M": (1280, 21, 10), "571M": (1408, 18, 11), "629M": (1280, 24, 10), "666M": (1408, 21, 11),
+    "761M": (1408, 24, 11), "831M": (1536, 22, 12), "944M": (1536, 25, 12), "1233M": (1792, 24, 14),
+    "1476M": (2048, 22, 16), "1678M": (2048, 25, 16), "2121M": (2176, 28, 17),
 }
 
 
 def forward_flops(d_model, n_layer, vocab, d_embed=0):
-    """FLOP per token of one forward pass as the scaling protocol counts them: blocks without attention products, and head.
+    """FLOP per token of a forward pass by the scaling protocol: blocks (without attention products) and head.
 
-    d_embed = 0 is the protocol's own F / L = 2 (12 n d^2 + d V), which fixes the number of steps; d_embed > 0 adds RePlaid's
-    input map and its two products with E, F_RePlaid / L = 2 (12 n d^2 + d V + 2 d_e V + 2 d_e d).
+    d_embed = 0 is the protocol's own 2 (12 n d^2 + d V), which fixes the number of steps; d_embed > 0 adds
+    RePlaid's input map and two products with E: F_RePlaid / L = 2 (12 n d^2 + d V + 2 d_e V + 2 d_e d).
     """
     return 2 * (12 * n_layer * d_model ** 2 + d_model * vocab + 2 * d_embed * (vocab + d_model))
 
 
 def scaling(d_model, n_layer, n_head, budget=1e20, vocab=32001, length=2048, batch=256):
-    """Preset of the SlimPajama study for one size: steps spend `budget` FLOP, a step being three forward passes."""
+    """SlimPajama preset of one size for `budget` FLOP (the study's largest); a step counts as 3 forward passes."""
     steps = int(budget / (length * forward_flops(d_model, n_layer, vocab)) / batch / 3)
-    return dict(data="slimpajama", vocab=vocab, length=length, d_model=d_model, n_layer=n_layer, n_head=n_head, cond_dim=128,
-                batch=batch, steps=steps, lr=2e-4, lr_schedule="cosine", min_lr=0.1, warmup=max(steps // 100, 100),
-                beta2=0.95, weight_decay=0.1, ema=0.0)
+    return dict(data="slimpajama", tokenizer="llama2", vocab=vocab, length=length, d_model=d_model,
+                n_layer=n_layer, n_head=n_head, cond_dim=128, batch=batch, steps=steps, lr=2e-4, min_lr=0.1,
+                lr_schedule="cosine", warmup=max(steps // 100, 100), beta2=0.95, weight_decay=0.1, ema=0.0)
 
 
 PRESETS = {
     "tiny": dict(gate_init=0.5, lr=2e-3, ema=0.998, bias_ramp=200, steps=2000),
-    "owt": dict(data="openwebtext", tokenizer="gpt2", length=1024, d_model=768, n_layer=12, n_head=12, cond_dim=128,
-                dropout=0.1,                                        # not published
-                batch=512, steps=1_000_000, lr=3e-4, warmup=2500),  # lr: not published
-    "bench10": dict(data="wikitext103", tokenizer="gpt2", length=256, d_model=384, n_layer=6, n_head=6, cond_dim=128,
-                    batch=64, steps=8000, gate_init=0.5, ema=0.999, bias_ramp=500),
+    "owt": dict(data="openwebtext", tokenizer="gpt2", length=1024, d_model=768, n_layer=12, n_head=12,
+                cond_dim=128, dropout=0.1, lr=3e-4,                             # dropout, lr: not published
+                batch=512, steps=1_000_000, warmup=2500),
+    "bench10": dict(data="wikitext103", tokenizer="gpt2", length=256, d_model=384, n_layer=6, n_head=6,
+                    cond_dim=128, batch=64, steps=8000, gate_init=0.5, ema=0.999, bias_ramp=500),
     "bench10-cpu": dict(gate_init=0.5, lr=2e-3, ema=0.998, bias_ramp=200, steps=2500),
     **{label: scaling(*size) for label, size in SIZES.items()},
 }
@@ -115,7 +120,7 @@ def alpha_sigma(gamma):
 
 
 class NoiseSchedule(nn.Module):
-    """Monotone g(t) with g(0) = 0 and g(1) = 1 exactly, and its derivative in closed form; float64 throughout.
+    """Monotone g(t), exactly 0 at t = 0 and 1 at t = 1, and its derivative in closed form; in float64.
 
     raw(t) = sum_k c_k tanh(a_k (t - 1/2) + b_k),  a = softplus(W1) > 0,  c = softplus(W2) / 100 > 0,
     g(t) = (raw(t) - raw(0)) / (raw(1) - raw(0)).  At init g(t) is t to within 0.02.  (official Plaid code)
@@ -129,10 +134,9 @@ class NoiseSchedule(nn.Module):
 
     def forward(self, t):
         """t [B] -> g [B], dg/dt [B]; t slightly below 0 is allowed (the `plaid` sampling grid)."""
-        t = t.double()
         a, b, c = F.softplus(self.W1.double())[:, 0], self.b1.double(), 0.01 * F.softplus(self.W2.double())[0]
         raw_0, raw_1 = torch.tanh(b - 0.5 * a) @ c, torch.tanh(b + 0.5 * a) @ c
-        th = torch.tanh((t[:, None] - 0.5) * a + b)                             # [B, K]
+        th = torch.tanh((t.double()[:, None] - 0.5) * a + b)                    # [B, K]
         return (th @ c - raw_0) / (raw_1 - raw_0), (1 - th ** 2) @ (a * c) / (raw_1 - raw_0)
 
 
@@ -148,7 +152,7 @@ class GammaBounds(nn.Module):
 
 
 class EmbeddingMatrix(nn.Module):
-    """E [V, De]: rows of `matrix` over their norm, recomputed at every use; there is no other scale."""
+    """E [V, De]: the rows of `matrix` over their norms, recomputed at every use; there is no other scale."""
 
     def __init__(self, vocab, d_embed):
         super().__init__()
@@ -163,10 +167,10 @@ class EmbeddingMatrix(nn.Module):
 
 
 def reconstruction_rows(stats, n):
-    """Neyman allocation: how many of n rows estimate the reconstruction term (0-d float64, whole, in [1, n - 1]).
+    """Neyman allocation: how many of n rows estimate the reconstruction (0-d float64, whole, in [1, n - 1]).
 
-    stats [5] are running sums (weight, recon, recon^2, diffusion, diffusion^2); rows go where the standard deviation is.
-    (official Plaid code)
+    stats [5] are running sums (weight, recon, recon^2, diffusion, diffusion^2): rows go where the standard
+    deviation is. (official Plaid code)
     """
     m_r, q_r, m_d, q_d = stats[1:] / stats[0]
     std_r, std_d = (q_r - m_r ** 2).clamp(min=0).sqrt(), (q_d - m_d ** 2).clamp(min=0).sqrt()
@@ -179,9 +183,10 @@ def update_stats(stats, means):
 
 
 def diffusion_times(u, r, n):
-    """Times from stratified uniforms u of n global rows: the lowest r become t = 0 (reconstruction), the rest fill (0, 1).
+    """Times from stratified uniforms u of n global rows: the r lowest become t = 0, the rest fill (0, 1).
 
-    One uniform lies in each stratum [k/n, (k+1)/n), so exactly r rows have u n < r, and (u n - r) / (n - r) is stratified.
+    One u lies in each stratum [k/n, (k+1)/n): exactly r have u n < r, and (u n - r) / (n - r) is stratified
+    again.
     """
     return ((u * n - r) / (n - r)).clamp(min=0)
 
@@ -195,9 +200,10 @@ def bias_scale(step, ramp):
 
 
 def prior_kl(x, gamma_1):
-    """KL(N(alpha_1 x, sigma_1^2 I) || N(0, I)) of x [B, L, De], gamma_1 [B]; sum over De, [B, L] in nats."""
-    alpha_sq, sigma_sq = torch.sigmoid(-gamma_1)[:, None], torch.sigmoid(gamma_1)[:, None]
-    return 0.5 * (alpha_sq * x.double().square().sum(-1) + x.shape[-1] * (sigma_sq - 1 - F.logsigmoid(gamma_1)[:, None]))
+    """KL(N(alpha_1 x, sigma_1^2 I) || N(0, I)) of x [B, L, De], gamma_1 [B]: [B, L] nats, summed over De."""
+    sigma_sq, log_sigma_sq = torch.sigmoid(gamma_1)[:, None], F.logsigmoid(gamma_1)[:, None]
+    energy = torch.sigmoid(-gamma_1)[:, None] * x.double().square().sum(-1)     # |alpha_1 x|^2
+    return 0.5 * (energy + x.shape[-1] * (sigma_sq - 1 - log_sigma_sq))
 
 
 def diffusion_weight(gamma, gamma_dot):
@@ -206,17 +212,18 @@ def diffusion_weight(gamma, gamma_dot):
 
 
 def split_bound(recon, diff, prior, is_recon, n_recon):
-    """Official evaluation estimator: a batch split into reconstruction and diffusion rows, nats per token.
+    """Official evaluation estimator (nats per token): a batch split into reconstruction and diffusion rows.
 
-    recon, diff, prior [B] per-row means; n_recon is the EXPECTED number of reconstruction rows, B / 8, while the actual
-    number is B // 8 + Bernoulli((B mod 8) / 8): unbiased. `nll` below scores every row on every term instead.
+    recon, diff, prior [B] per-row means. n_recon is the EXPECTED number of reconstruction rows, B / 8; the
+    actual one is B // 8 + Bernoulli((B mod 8) / 8), which makes it unbiased. `nll` below scores every row on
+    every term instead.
     """
     n_diff = recon.shape[0] - n_recon
-    return (torch.where(is_recon, recon / n_recon, diff / n_diff)).sum() + prior.mean()
+    return torch.where(is_recon, recon / n_recon, diff / n_diff).sum() + prior.mean()
 
 
 class _ElboHead(torch.autograd.Function):
-    """Vocabulary head, posterior mean and both loss terms in one pass over chunks of tokens; see `elbo_head`."""
+    """Vocabulary head, posterior mean and both loss terms in one pass over chunks; see `elbo_head`."""
 
     @staticmethod
     def forward(ctx, u, W, b, zb, E, x, w_mse, w_ce, targets, live):
@@ -226,21 +233,23 @@ class _ElboHead(torch.autograd.Function):
         if train:
             du, dzb, dx = torch.empty_like(u), torch.empty_like(zb), torch.empty_like(x)
             dW, db, dE = torch.zeros_like(W), torch.zeros_like(b), torch.zeros_like(E)
-        W_low = W.to(u.dtype)                                   # [R4]
+        W_low = W.to(u.dtype)                                                   # [R4]
         size = max(64, CHUNK_ELEMENTS.get(u.device.type, 2 ** 24) // V)
         for i in range(0, N, size):
             s = slice(i, min(i + size, N))
-            p = torch.addmm(F.linear(u[s], W_low).to(b.dtype) + b, zb[s], E.T)  # logits [n, V]; turned into softmax in place
+            p = torch.addmm(F.linear(u[s], W_low).to(b.dtype) + b, zb[s], E.T)  # logits [n, V] ...
             lse = p.logsumexp(-1, keepdim=True)
             ce[s] = (lse - p.gather(1, targets[s, None]))[:, 0]
-            p.sub_(lse).exp_()
-            x_hat = p @ E                                       # [n, De]
+            p.sub_(lse).exp_()                                                  # ... softmax in place
+            x_hat = p @ E                                                       # [n, De]
             sq[s] = (x[s] - x_hat).square().sum(-1)
             if not train:
                 continue
             wc, keep = w_ce[s, None].to(b.dtype), live[s, None].to(b.dtype)
             g = 2 * w_mse[s, None].to(b.dtype) * (x_hat - x[s])                 # d loss / d x_hat
-            dz = torch.addmm(wc - (g * x_hat).sum(-1, keepdim=True), g, E.T).mul_(p).scatter_add_(1, targets[s, None], -wc)
+            # d loss / d logits = p (g E^T - g . x_hat + wc) - wc onehot
+            dz = torch.addmm(wc - (g * x_hat).sum(-1, keepdim=True), g, E.T).mul_(p)
+            dz.scatter_add_(1, targets[s, None], -wc)
             low = dz.to(u.dtype)
             du[s] = low @ W_low
             dW += low.T @ u[s]
@@ -249,7 +258,8 @@ class _ElboHead(torch.autograd.Function):
             dE += dz.T @ (zb[s] * keep) + p.T @ (g * keep)
             dx[s] = -g
         ctx.mark_non_differentiable(sq, ce)
-        ctx.grads = (du, dW, db, dzb, dE, dx, sq, ce) if train else None
+        ctx.grads = (du, dW, db, dzb, dE, dx) if train else None
+        ctx.save_for_backward(sq, ce)
         return (w_mse * sq).sum() + (w_ce * ce).sum(), sq, ce
 
     @staticmethod
@@ -257,319 +267,34 @@ class _ElboHead(torch.autograd.Function):
     def backward(ctx, g, *_):
         if ctx.grads is None:
             raise RuntimeError("elbo_head scales its stored gradients in place: backward can run only once")
-        grads, ctx.grads = ctx.grads, None
-        return (*[None if not need else x * g if x is grads[-1] or x is grads[-2] else x.mul_(g)
-                  for x, need in zip(grads, ctx.needs_input_grad)], None, None)
+        (sq, ce), grads, ctx.grads = ctx.saved_tensors, ctx.grads, None
+        return (*[d.mul_(g) for d in grads], sq * g, ce * g, None, None)
 
 
 def elbo_head(u, W, b, zb, E, x, w_mse, w_ce, targets, live):
-    """sum over tokens of w_mse |x - x_hat|^2 + w_ce CE with logits = u W^T + b + zb E^T and x_hat = softmax(logits) E.
+    """Sum of w_mse |x - x_hat|^2 + w_ce CE; logits = u W^T + b + zb E^T, x_hat = softmax(logits) E.
 
-    u [B, L, D], W [V, D], b [V], zb and x [B, L, De], E [V, De], targets [B, L]; w_mse, w_ce [B] and live [B] (bool: rows that
-    teach E) count for every token of a row. Returns (loss, squared error [B, L], CE [B, L]); the last two are detached.
-    x_hat is attention of the query [u | zb] over keys [W | E] with values E, and the weights are known before the head: so each
-    chunk's gradients (w_mse and w_ce included: they carry the schedule's) are taken in the same pass and `backward` only
-    scales them. Three products with W in all, and nothing of size [B, L, V] alive beyond a chunk.
+    u [B, L, D], W [V, D], b [V], zb and x [B, L, De], E [V, De], targets [B, L]; the weights [B] and live [B]
+    (rows that teach E) hold for all tokens of a row. Returns (loss, squared error [B, L], CE [B, L]), the
+    last two detached. x_hat is attention of queries [u | zb] over keys [W | E] with values E, and the weights
+    are known before the head: so a chunk's gradients (those of the weights, which carry the schedule's,
+    included) are taken in the same pass, and `backward` only scales them. Three products with W in all;
+    nothing of size [B, L, V] outlives a chunk.
     """
-    rows = [r[:, None].expand(targets.shape).reshape(-1) for r in (w_mse, w_ce)]
-    loss, sq, ce = _ElboHead.apply(u.flatten(0, 1), W, b, zb.flatten(0, 1), E, x.flatten(0, 1), *rows, targets.reshape(-1),
-                                   live[:, None].expand(targets.shape).reshape(-1))
+    w_mse, w_ce, live = (r[:, None].expand(targets.shape).reshape(-1) for r in (w_mse, w_ce, live))
+    u, zb, x = (r.flatten(0, 1) for r in (u, zb, x))
+    loss, sq, ce = _ElboHead.apply(u, W, b, zb, E, x, w_mse, w_ce, targets.reshape(-1), live)
     return loss, sq.view(targets.shape), ce.view(targets.shape)
 
 
-# --- 5. model --------------------------------------------------------------------------------------
-
-
-class Denoiser(common.DiT):
-    """The DDiT backbone of MDLM / Duo between two [De -> D] input maps [R2] and the vocabulary head. No [V, D] input table."""
-
-    def __init__(self, cfg):
-        super().__init__(cfg.d_model, cfg.n_layer, cfg.n_head, cfg.cond_dim, cfg.mlp_ratio, cfg.dropout, cfg.length,
-                         out=cfg.vocab, gate_init=cfg.gate_init)
-        self.input_linear = nn.Linear(cfg.d_embed, cfg.d_model, bias=False)
-        self.selfcond_linear = nn.Linear(cfg.d_embed, cfg.d_model, bias=False)
-        nn.init.zeros_(self.selfcond_linear.weight)
-
-    def forward(self, z, gamma, x_sc):
-        """z, x_sc [B, L, De], gamma [B] float64 -> u [B, L, D]. x_sc is zero where no estimate is fed back."""
-        De = z.shape[-1]
-        std = (torch.sigmoid(-gamma) / De + torch.sigmoid(gamma)).sqrt()        # of a coordinate of z
-        h = self.input_linear(z / bc(std).to(z.dtype)) + self.selfcond_linear(De ** 0.5 * x_sc)
-        return super().forward(h, self.cond(gamma))                             # [R1]
-
-
-class RePlaid(nn.Module):
-    log_keys = ("recon", "diffusion", "gamma_0", "gamma_1")
-
-    def __init__(self, cfg):
-        super().__init__()
-        if cfg.self_cond_every > 1 and cfg.batch % cfg.self_cond_every:
-            raise data.UserError(f"batch={cfg.batch} is not divisible by {cfg.self_cond_every}: one row in "
-                                 f"{cfg.self_cond_every} is self-conditioned; change --batch or --self_cond_every")
-        if cfg.batch < 2:
-            raise data.UserError("batch=1 cannot hold a reconstruction row and a diffusion row: use --batch=4 or more")
-        self.cfg = cfg
-        self.model = Denoiser(cfg)
-        self.embedding_matrix = EmbeddingMatrix(cfg.vocab, cfg.d_embed)
-        self.noise_schedule = NoiseSchedule(cfg.schedule_width)
-        self.gamma_bounds = GammaBounds(cfg.gamma_0, cfg.gamma_1)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.float64))                   # steps taken, for the ramp
-        self.register_buffer("row_stats", torch.full((5,), STATS_INIT, dtype=torch.float64))    # see reconstruction_rows
-        self.register_buffer("pending", torch.zeros(5, dtype=torch.float64), persistent=False)  # this step's, and their count
-
-    def gamma_of(self, t):
-        """t [B] -> gamma [B], float64."""
-        gamma_0, gamma_1 = self.gamma_bounds()
-        return gamma_0 + (gamma_1 - gamma_0) * self.noise_schedule(t)[0]
-
-    def features(self, z, gamma, x_sc, scale=1.0):
-        """Query of the head: u [B, L, D] and the output prior's zb = scale (alpha / sigma^2) z [B, L, De]."""
-        coeff = scale * torch.exp(0.5 * F.logsigmoid(-gamma) - F.logsigmoid(gamma)) * self.cfg.output_prior
-        return self.model(z, gamma, x_sc), bc(coeff).to(z.dtype) * z
-
-    def predict(self, z, gamma, x_sc, E, scale=1.0):
-        """x_hat [B, L, De]."""
-        u, zb = self.features(z, gamma, x_sc, scale)
-        head = self.model.output_layer.linear
-        return common.expected_embedding(u, head.weight, head.bias, E, skip=zb, E=E)[0]
-
-    # --- 6. loss -----------------------------------------------------------------------------------
-
-    def loss(self, batch, t=None, noise=None, coins=None):
-        """Negative evidence lower bound in nats per token, mean over the global batch when averaged over equal chunks.
-
-        t [B]: times, zeros mark reconstruction rows; noise [B, L, De]: eps; coins [B] bool: self-conditioned rows. Padding
-        is modelled like any other token and the bound is divided by real tokens: it covers the text and its length.
-        """
-        tokens = batch["tokens"]
-        (B, L), device = tokens.shape, tokens.device
-        rows = batch.get("rows") or common.Rows.default(B)
-        E = self.embedding_matrix()                                                 # [V, De]
-        eps = torch.randn(B, L, E.shape[1], device=device) if noise is None else noise
-
-        # 1. rows: r of the n global rows estimate the reconstruction, an exact share of them is self-conditioned
-        n = rows.n_global
-        if t is None:
-            r = reconstruction_rows(self.row_stats, n)
-            t = diffusion_times(rows.uniform(device=device), r, n)
-        else:
-            r = (t == 0).sum() * (n / B)
-        is_recon, n_recon, n_diff = t == 0, r * (B / n), (n - r) * (B / n)
-        sc, index = self.self_conditioned(rows, B, device) if coins is None else (coins, coins.nonzero()[:, 0])
-
-        # 2. schedule: self-conditioned rows teach neither its shape nor its ends
-        gamma_0, gamma_1 = self.gamma_bounds()
-        g, g_dot = self.noise_schedule(t)
-        gamma, gamma_dot, end = gamma_0 + (gamma_1 - gamma_0) * g, (gamma_1 - gamma_0) * g_dot, gamma_1.expand(B)
-        gamma, gamma_dot, end = (torch.where(sc, x.detach(), x) for x in (gamma, gamma_dot, end))
-
-        # 3. diffuse; z is built in the parameters' dtype, all else of the schedule is float64
-        x = E[tokens]
-        x = torch.where(bc(sc), x.detach(), x)                                      # [B, L, De]
-        alpha, sigma = alpha_sigma(gamma)
-        z = bc(alpha).to(E.dtype) * x + bc(sigma).to(E.dtype) * eps.to(E.dtype)
-
-        # 4. the estimate fed back, from a first pass over the self-conditioned rows only
-        scale, x_sc = bias_scale(self.updates, self.cfg.bias_ramp), torch.zeros_like(z)
-        if len(index):
-            with torch.no_grad():
-                x_sc[index] = self.predict(z[index], gamma[index], x_sc[index], E, scale)
-
-        # 5. every row carries both weights, so that r changes numbers and never shapes
-        tokens_per_row = L if "mask" not in batch else self.mean_length(batch)
-        w_mse = torch.where(is_recon, 0, diffusion_weight(gamma, gamma_dot)) / tokens_per_row
-        w_ce = is_recon.double() / tokens_per_row
-        u, zb = self.features(z, gamma, x_sc, scale)
-        head = self.model.output_layer.linear
-        terms, sq, ce = elbo_head(u, head.weight, head.bias, zb, E, x, w_mse / n_diff, w_ce / n_recon, tokens, ~sc)
-        prior = prior_kl(x, end).sum(-1) / tokens_per_row                           # [B]
-        loss = terms + prior.mean()
-
-        # 6. the shape descends the second moment: d l -> 2 l d l, before the affine map, on diffusion rows only
-        diff, recon = (w_mse * sq.double().sum(-1)).detach(), w_ce * ce.double().sum(-1)        # [B], zero elsewhere
-        for path in (g, g_dot):
-            if path.requires_grad:
-                path.register_hook(lambda grad: grad * 2 * diff)
-
-        means = torch.stack([recon.sum() / n_recon, recon.square().sum() / n_recon,
-                             diff.sum() / n_diff, diff.square().sum() / n_diff])
-        if self.training:
-            self.pending += torch.cat([means, torch.ones_like(means[:1])])
-        metrics = dict(recon=means[0], diffusion=means[2], prior=prior.mean().detach(), rows=r,
-                       gamma_0=gamma_0.detach(), gamma_1=gamma_1.detach())
-        return loss, metrics
-
-    def self_conditioned(self, rows, B, device):
-        """Mask [B] of the self-conditioned rows and their indices, whose number is fixed: one in each group of four."""
-        every = self.cfg.self_cond_every
-        if not every:
-            return torch.zeros(B, dtype=torch.bool, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-        if B % every:
-            raise data.UserError(f"{B} rows on this rank and micro-step are not divisible by {every}: change --batch or --accum")
-        sc = rows.subset(every, device=device)
-        return sc, sc.view(-1, every).int().argmax(1) + every * torch.arange(B // every, device=device)
-
-    def mean_length(self, batch):
-        """Mean number of real tokens per row of the global batch."""
-        lengths = batch.get("global_len")
-        return (batch["mask"].sum(1) if lengths is None else lengths).double().mean()
-
-    @torch.no_grad()
-    def after_step(self, step, ok):
-        """Commit this step's statistics, averaged over micro-steps and ranks; a skipped update changes nothing."""
-        means = common.all_reduce_mean(self.pending[:4] / self.pending[4])
-        self.row_stats.copy_(torch.where(ok, update_stats(self.row_stats, means), self.row_stats))
-        self.updates += ok
-        self.pending.zero_()
-
-    def param_groups(self):
-        """Network; schedule shape and embedding, never decayed; endpoints, decayed so that lr * decay is bounds_decay."""
-        c = self.cfg
-        return [dict(params=list(self.model.parameters()), lr=c.lr, weight_decay=c.weight_decay),
-                dict(params=list(self.noise_schedule.parameters()), lr=c.lr_shape, weight_decay=0.0),
-                dict(params=list(self.gamma_bounds.parameters()), lr=c.lr_bounds,
-                     weight_decay=c.bounds_decay / c.lr_bounds if c.lr_bounds else 0.0),
-                dict(params=list(self.embedding_matrix.parameters()), lr=c.lr_embed, weight_decay=0.0)]
-
-    def flops_per_token(self, train):
-        """F_RePlaid of the scaling protocol; a training step is three forward passes and the self-conditioning share."""
-        c = self.cfg
-        share = 1 / c.self_cond_every if c.self_cond_every else 0
-        return forward_flops(c.d_model, c.n_layer, c.vocab, c.d_embed) * (3 + share if train else 1)
-
-    # --- 7. likelihood -----------------------------------------------------------------------------
-
-    def score(self, tokens, t, E, eps=None):
-        """Two-pass estimate at times t [B], every row self-conditioned as the published bound is: per-row sums over tokens
-        of |x - x_hat|^2 and CE [B], float64, with gamma and gamma' [B]."""
-        gamma_0, gamma_1 = self.gamma_bounds()
-        g, g_dot = self.noise_schedule(t)
-        gamma, x = gamma_0 + (gamma_1 - gamma_0) * g, E[tokens]
-        alpha, sigma = alpha_sigma(gamma)
-        eps = torch.randn_like(x) if eps is None else eps.to(x.dtype)
-        z = bc(alpha).to(x.dtype) * x + bc(sigma).to(x.dtype) * eps
-        x_sc = torch.zeros_like(z)
-        if self.cfg.self_cond_every:
-            x_sc = self.predict(z, gamma, x_sc, E)
-        u, zb = self.features(z, gamma, x_sc)
-        head, zeros = self.model.output_layer.linear, torch.zeros_like(t)
-        _, sq, ce = elbo_head(u, head.weight, head.bias, zb, E, x, zeros, zeros, tokens, zeros)
-        return sq.double().sum(-1), ce.double().sum(-1), gamma, (gamma_1 - gamma_0) * g_dot
-
-    @torch.no_grad()
-    def nll(self, tokens, mask=None, times=1, t=None, noise=None):
-        """The bound and its terms, [B] each, in nats per SEQUENCE; `times` stratified diffusion times per row.
-
-        t [K, B] and noise [K + 1, B, L, De] (first for the reconstruction) may be given. With a mask, padding is scored as text.
-        """
-        B, E = tokens.shape[0], self.embedding_matrix()
-        if t is None:
-            u = common.Rows.default(B).uniform(device=tokens.device)
-            t = torch.stack([(k + u) / times for k in range(times)])                # [K, B]
-        eps = [None] * (len(t) + 1) if noise is None else noise
-        recon = self.score(tokens, torch.zeros_like(t[0]), E, eps[0])[1]
-        diff = torch.zeros_like(recon)
-        for t_k, eps_k in zip(t, eps[1:]):
-            sq, _, gamma, gamma_dot = self.score(tokens, t_k, E, eps_k)
-            diff += diffusion_weight(gamma, gamma_dot) * sq / len(t)
-        prior = prior_kl(E[tokens], self.gamma_bounds()[1].expand(B)).sum(-1)
-        return dict(nll=recon + diff + prior, reconstruction=recon, diffusion=diff, prior=prior)
-
-    @torch.no_grad()
-    def time_table(self, tokens, rounds=4):
-        """Diffusion loss and CE by decile of t, nats per token: two [10] tensors from `rounds` noise draws of tokens [B, L]."""
-        E, B = self.embedding_matrix(), tokens.shape[0]
-        total = torch.zeros(3, 10, dtype=torch.float64, device=tokens.device)
-        for k in range(rounds):
-            t = common.Rows.default(B).uniform(device=tokens.device)
-            sq, ce, gamma, gamma_dot = self.score(tokens, t, E)
-            values = torch.stack([diffusion_weight(gamma, gamma_dot) * sq, ce, torch.full_like(ce, tokens.shape[1])])
-            total.index_add_(1, (10 * t).long().clamp(max=9), values)
-        return total[0] / total[2], total[1] / total[2]
-
-    def diagnostics(self, corpus):
-        """Lines for `eval`: is l(t) flat, is CE(t) a line, how many directions does the embedding use."""
-        device, n = self.embedding_matrix.matrix.device, min(corpus.n_rows("val"), 512)
-        tokens = corpus.rows("val", range(n))["tokens"].to(device)
-        parts = [self.time_table(chunk) for chunk in tokens.split(self.cfg.batch)]
-        loss, ce = (torch.stack(x).nanmean(0) for x in zip(*parts))
-        seen = torch.zeros(self.cfg.vocab, dtype=torch.bool, device=device)
-        for i in range(0, min(corpus.n_rows("train"), 4096), 512):
-            seen[corpus.rows("train", range(i, min(i + 512, corpus.n_rows("train"))))["tokens"].to(device)] = True
-        need, De = components(self.embedding_matrix()[seen].detach()), self.cfg.d_embed
-        gamma = self.gamma_of(torch.linspace(0, 1, 5, device=device)).tolist()
-        return ["decile of t      " + " ".join(f"{i / 10:5.1f}" for i in range(10)),
-                "diffusion loss   " + " ".join(f"{v:5.2f}" for v in loss.tolist()),
-                "cross-entropy    " + " ".join(f"{v:5.2f}" for v in ce.tolist()),
-                f"diffusion loss: coefficient of variation {variation(loss[:7]):.1%} over deciles 1-7, {variation(loss):.1%} "
-                f"over all; CE(t) against a line: R^2 = {r_squared(ce):.4f}",
-                "gamma at t = 0, 1/4, 1/2, 3/4, 1: " + " ".join(f"{v:.2f}" for v in gamma),
-                f"embedding: {need} of {De} principal components hold 90 % of the variance ({int(seen.sum())} tokens seen)"]
-
-    # --- 8. samplers -------------------------------------------------------------------------------
-
-    def estimate(self, z, gamma, x_sc, E, tau, held, guides):
-        """One network call: (x_tilde, x_hat) [n, L, De] float64; x_tilde is tempered, guided, and exact where tokens are held.
-
-        Tempering with tau divides the predicted noise by tau: x_tilde = x_hat / tau + (1 - 1 / tau) z / alpha.
-        """
-        (alpha, sigma), low = alpha_sigma(gamma), E.dtype
-        gammas = gamma.expand(z.shape[0])
-        x_hat = self.predict(z.to(low), gammas, x_sc.to(low), E).double()
-        x = x_hat / tau + (1 - 1 / tau) * z / alpha
-        if guides:
-            with torch.enable_grad():
-                z_in, head = z.detach().requires_grad_(), self.model.output_layer.linear
-                u, zb = self.features(z_in.to(low), gammas, x_sc.to(low))
-                logits = F.linear(u.to(low), head.weight, head.bias) + zb @ E.T     # [n, L, V]
-                x = x + torch.autograd.grad(guide_score(logits, guides), z_in)[0] * sigma ** 2 / alpha
-        if held is not None:
-            x, x_hat = torch.where(held[1], held[0], x), torch.where(held[1], held[0], x_hat)
-        return x, x_hat
-
-    @torch.no_grad()
-    def sample(self, n, length, steps, known=None, known_mask=None, watch=None, sampler="ddpm", tau=1.0, grid="uniform",
-               guide="", noise=None):
-        """Tokens [n, length] after `steps` solver steps (heun: two network calls each, the others one) and a final call.
-
-        known [n, L] with known_mask: held positions (prefix, infilling) take their own embedding as the estimate, so they follow
-        the forward process exactly. guide: see `parse_guide`. noise [steps + 1, n, L, De]: the start, then one draw a step.
-        """
-        if sampler not in ("ddpm", "ddim", "dpmpp", "heun") or grid not in ("uniform", "plaid"):
-            raise data.UserError(f"sampler={sampler} grid={grid}: samplers are ddpm, ddim, dpmpp, heun; grids uniform, plaid")
-        E, device, guides = self.embedding_matrix(), self.embedding_matrix.matrix.device, parse_guide(guide)
-        size = (n, length, E.shape[1])
-        gamma_t, gamma_s = (self.gamma_of(t.to(device)) for t in time_grid(steps, grid))
-        draw = lambda i: (torch.randn(size, device=device) if noise is None else noise[i]).double()  # noqa: E731
-        z, x_sc, held, last = draw(0), torch.zeros(size, dtype=torch.float64, device=device), None, None
-        if known is not None:
-            held = E[known].double(), known_mask[..., None]
-            alpha, sigma = alpha_sigma(gamma_t[0])
-            z = torch.where(held[1], alpha * held[0] + sigma * z, z)
-        for i in range(steps):
-            x, x_sc = self.estimate(z, gamma_t[i], x_sc, E, tau, held, guides)
-            if sampler == "ddpm":
-                z = ddpm_step(z, x, gamma_t[i], gamma_s[i], draw(i + 1))
-            elif sampler == "ddim":
-                z = ddim_step(z, x, gamma_t[i], gamma_s[i])
-            elif sampler == "dpmpp":
-                z, last = dpmpp_step(z, x, gamma_t[i], gamma_s[i], last), (x, gamma_t[i])
-            else:
-                x2, x_sc = self.estimate(ddim_step(z, x, gamma_t[i], gamma_s[i]), gamma_s[i], x_sc, E, tau, held, guides)
-                z = heun_step(z, x, x2, gamma_t[i], gamma_s[i])
-            if watch is not None:
-                watch(i + 1, (x_sc.to(E.dtype) @ E.T).argmax(-1))                   # nearest embedding of the estimate
-        u, zb = self.features(z.to(E.dtype), self.gamma_bounds()[0].expand(n), x_sc.to(E.dtype))
-        head = self.model.output_layer.linear
-        tokens = common.greedy(u, head.weight, head.bias, skip=zb, E=E)
-        return tokens if known is None else torch.where(known_mask, known, tokens)
+# --- 5. solver steps and guidance ------------------------------------------------------------------
 
 
 def time_grid(steps, grid="uniform"):
     """Times t_i of the network calls and s_i of the updates' targets, float64 [T] each.
 
-    uniform: t_i = 1 - i / T, s_i = t_{i+1}. plaid: the official t = linspace(1, 0, T) with s = t - 1 / T, whose targets lie one
-    notch (1 / (T (T - 1))) above the next t; its last step, from t = 0, moves nothing.
+    uniform: t_i = 1 - i / T, s_i = t_{i+1}. plaid: the official t = linspace(1, 0, T) with s = t - 1 / T, so
+    that z is one notch, 1 / (T (T - 1)), off the next t; its last step, from t = 0, moves nothing.
     """
     if grid == "uniform":
         t = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
@@ -582,7 +307,7 @@ def ddpm_step(z, x, gamma_t, gamma_s, eps):
     """Draw from q(z_s | z_t, x), s < t (VDM, eq. 33): c = -expm1(gamma_s - gamma_t)."""
     (alpha_t, _), (alpha_s, sigma_s) = alpha_sigma(gamma_t), alpha_sigma(gamma_s)
     c = -torch.expm1(gamma_s - gamma_t)
-    return (1 - c) * (alpha_s / alpha_t) * z + c * alpha_s * x + c.clamp(min=0).sqrt() * sigma_s * eps
+    return (1 - c) * (alpha_s / alpha_t) * z + c * alpha_s * x + c.sqrt() * sigma_s * eps
 
 
 def ddim_step(z, x, gamma_t, gamma_s):
@@ -592,16 +317,16 @@ def ddim_step(z, x, gamma_t, gamma_s):
 
 
 def dpmpp_step(z, x, gamma_t, gamma_s, last=None):
-    """DPM-Solver++(2M) in lambda = -gamma / 2 (eqs. 16-17); last = (x, gamma) of the previous call, None at the first step."""
+    """DPM-Solver++(2M) in lambda = -gamma / 2 (eqs. 16-17); last = (x, gamma) of the last call or None."""
     (_, sigma_t), (alpha_s, sigma_s) = alpha_sigma(gamma_t), alpha_sigma(gamma_s)
     h = (gamma_t - gamma_s) / 2
     if last is not None:
-        x = x + h / (last[1] - gamma_t) * (x - last[0])             # h / (2 h_last)
+        x = x + h / (last[1] - gamma_t) * (x - last[0])                         # h / (2 h_last)
     return sigma_s / sigma_t * z - alpha_s * torch.expm1(-h) * x
 
 
 def heun_step(z, x, x2, gamma_t, gamma_s):
-    """Second order in y = z / alpha over k = exp(gamma / 2); x2 is the estimate at the end of ddim_step(z, x)."""
+    """Second order in y = z / alpha over k = exp(gamma / 2); x2: the estimate at ddim_step(z, x)."""
     (alpha_t, _), (alpha_s, _) = alpha_sigma(gamma_t), alpha_sigma(gamma_s)
     y, k_t, k_s = z / alpha_t, torch.exp(gamma_t / 2), torch.exp(gamma_s / 2)
     d1 = (y - x) / k_t
@@ -609,38 +334,49 @@ def heun_step(z, x, x2, gamma_t, gamma_s):
     return alpha_s * (y + (k_s - k_t) * (d1 + d2) / 2)
 
 
-def parse_guide(guide):
-    """Token guidance: "token:weight:where[:not]" joined by commas, where = a position, any or all; a list is passed through.
+def temper(x_hat, z, gamma, tau):
+    """x_hat after its implied noise is divided by tau: x_hat / tau + (1 - 1 / tau) z / alpha."""
+    return x_hat / tau + (1 - 1 / tau) * z / alpha_sigma(gamma)[0]
 
-    "7:3:any,9:10:all:not" = token 7 should occur somewhere, token 9 nowhere. Rows of the list: (token, weight, where, not).
+
+def parse_guide(guide):
+    """Token guidance "token:weight:where[:not],...", where = a position, any or all; a list passes through.
+
+    "7:3:any,9:10:all:not" asks for token 7 somewhere and token 9 nowhere. Rows: (token, weight, where, not).
     """
     if not isinstance(guide, str):
         return guide
     rows = []
-    for part in filter(None, guide.split(",")):
-        token, weight, where, *flag = part.split(":") + [""] * (3 - min(3, len(part.split(":"))))
-        if not token.isdigit() or flag not in ([], ["not"]) or not (where in ("any", "all") or where.isdigit()):
-            raise data.UserError(f"guide={guide}: expected token:weight:where[:not], where = a position, any or all")
-        rows.append((int(token), float(weight), where if where in ("any", "all") else int(where), bool(flag)))
+    for item in filter(None, guide.split(",")):
+        try:
+            token, weight, where, *flag = item.split(":")
+            row = int(token), float(weight), where if where in ("any", "all") else int(where), bool(flag)
+        except ValueError:
+            row, flag = None, ["not"]
+        if row is None or flag not in ([], ["not"]):
+            raise data.UserError(f"guide={guide}: not token:weight:where[:not], where = a position, any or all")
+        rows.append(row)
     return rows
 
 
 def guide_score(logits, guides):
-    """sum of weight * log-probability of each guide over the batch (official Plaid code).
+    """Sum over batch and guides of weight * log-probability (official Plaid code).
 
-    `any` is logsumexp over positions minus L (as in the official code, where log L was meant; only `not` can tell).
+    `any` is logsumexp over positions minus L, as in the official code, where log L was meant; only `not` can
+    tell.
     """
     lp, total = logits.log_softmax(-1), 0
     for token, weight, where, complement in guides:
-        v = lp[:, :, token] if where == "all" else lp[:, :, token].logsumexp(-1) - lp.shape[1] if where == "any" \
-            else lp[:, where, token]
-        if complement:              # log(1 - exp(v)), from the branch that keeps its digits (switch at log 2)
+        v = lp[:, :, token] if where in ("any", "all") else lp[:, where, token]
+        if where == "any":
+            v = v.logsumexp(-1) - lp.shape[1]
+        if complement:              # log(1 - exp(v)) by the branch that keeps its digits, switching at log 2
             v = torch.where(v > -0.693, torch.log(-torch.expm1(v)), torch.log1p(-torch.exp(v)))
         total = total + weight * v.sum()
     return total
 
 
-# --- 9. statistics of the diagnostics --------------------------------------------------------------
+# --- 6. diagnostics --------------------------------------------------------------------------------
 
 
 def variation(values):
@@ -657,8 +393,293 @@ def r_squared(values):
 
 def components(E, share=0.9):
     """How many principal components of E [V, De] hold `share` of its variance."""
-    s = torch.linalg.svdvals((E - E.mean(0)).double()) ** 2
-    return int((s.cumsum(0) / s.sum() < share).sum()) + 1
+    power = torch.linalg.svdvals((E - E.mean(0)).double()) ** 2
+    return int((power.cumsum(0) / power.sum() < share).sum()) + 1
+
+
+# --- 7. model --------------------------------------------------------------------------------------
+
+
+class Denoiser(common.DiT):
+    """The MDLM / Duo backbone behind two [De -> D] input maps [R2]; there is no [V, D] input table."""
+
+    def __init__(self, c):
+        super().__init__(c.d_model, c.n_layer, c.n_head, c.cond_dim, c.mlp_ratio, c.dropout, c.length,
+                         out=c.vocab, gate_init=c.gate_init)
+        self.input_linear = nn.Linear(c.d_embed, c.d_model, bias=False)
+        self.selfcond_linear = nn.Linear(c.d_embed, c.d_model, bias=False)
+        nn.init.zeros_(self.selfcond_linear.weight)
+
+    def forward(self, z, gamma, x_sc):
+        """z, x_sc [B, L, De], gamma [B] float64 -> u [B, L, D]; x_sc is zero where nothing is fed back."""
+        De = z.shape[-1]
+        std = (torch.sigmoid(-gamma) / De + torch.sigmoid(gamma)).sqrt()        # of one coordinate of z
+        h = self.input_linear(z / bc(std).to(z.dtype)) + self.selfcond_linear(De ** 0.5 * x_sc)
+        return super().forward(h, self.cond(gamma))                             # [R1]
+
+
+class RePlaid(nn.Module):
+    log_keys = ("recon", "diffusion", "gamma_0", "gamma_1")
+
+    def __init__(self, cfg):
+        super().__init__()
+        every = cfg.self_cond_every
+        if every > 1 and cfg.batch % every or cfg.batch < 2:
+            raise data.UserError(f"batch={cfg.batch} is not divisible by {max(every, 2)} (one row in "
+                                 "self_cond_every is self-conditioned): change --batch")
+        self.cfg = cfg
+        self.model = Denoiser(cfg)
+        self.embedding_matrix = EmbeddingMatrix(cfg.vocab, cfg.d_embed)
+        self.noise_schedule = NoiseSchedule(cfg.schedule_width)
+        self.gamma_bounds = GammaBounds(cfg.gamma_0, cfg.gamma_1)
+        zeros = torch.zeros(5, dtype=torch.float64)
+        self.register_buffer("updates", zeros[0].clone())                       # steps taken, for the ramp
+        self.register_buffer("row_stats", zeros + STATS_INIT)                   # see reconstruction_rows
+        self.register_buffer("pending", zeros, persistent=False)                # this step's means, and a count
+
+    def param_groups(self):
+        """Network; shape and embedding, never decayed; endpoints, whose lr * decay is bounds_decay."""
+        c = self.cfg
+        decay = c.bounds_decay / c.lr_bounds if c.lr_bounds else 0.0
+        groups = ((self.model, c.lr, c.weight_decay), (self.noise_schedule, c.lr_shape, 0.0),
+                  (self.gamma_bounds, c.lr_bounds, decay), (self.embedding_matrix, c.lr_embed, 0.0))
+        return [dict(params=list(m.parameters()), lr=lr, weight_decay=wd) for m, lr, wd in groups]
+
+    def flops_per_token(self, train):
+        """F_RePlaid of the scaling protocol; training is 3 forward passes and the self-conditioned share."""
+        c = self.cfg
+        share = 1 / c.self_cond_every if c.self_cond_every else 0
+        return forward_flops(c.d_model, c.n_layer, c.vocab, c.d_embed) * (3 + share if train else 1)
+
+    def schedule(self, t):
+        """t [B] -> gamma, gamma' [B], float64."""
+        gamma_0, gamma_1 = self.gamma_bounds()
+        g, g_dot = self.noise_schedule(t)
+        return gamma_0 + (gamma_1 - gamma_0) * g, (gamma_1 - gamma_0) * g_dot
+
+    def features(self, z, gamma, x_sc, scale=1.0):
+        """Queries of the head: u [B, L, D] and, for the output prior, zb = scale (alpha / sigma^2) z."""
+        alpha, sigma = alpha_sigma(gamma)
+        coeff = self.cfg.output_prior * scale * alpha / sigma ** 2
+        return self.model(z, gamma, x_sc), bc(coeff).to(z.dtype) * z
+
+    def predict(self, z, gamma, x_sc, E, scale=1.0):
+        """x_hat [B, L, De]."""
+        u, zb = self.features(z, gamma, x_sc, scale)
+        head = self.model.output_layer.linear
+        return common.expected_embedding(u, head.weight, head.bias, E, skip=zb, E=E)[0]
+
+    # --- 8. loss -----------------------------------------------------------------------------------
+
+    def self_conditioned(self, rows, B, device):
+        """Mask [B] of the self-conditioned rows and their indices, whose number is fixed."""
+        every = self.cfg.self_cond_every
+        if not every:
+            sc = torch.zeros(B, dtype=torch.bool, device=device)
+            return sc, sc[:0].long()
+        if B % every:
+            raise data.UserError(f"{B} rows per rank and micro-step are not divisible by {every} (one row in "
+                                 "self_cond_every is self-conditioned): change --batch or --accum")
+        sc = rows.subset(every, device=device)
+        return sc, sc.view(-1, every).int().argmax(1) + every * torch.arange(B // every, device=device)
+
+    def loss(self, batch, t=None, noise=None, coins=None):
+        """Negative evidence lower bound in nats per token; equal chunks average to the global batch's.
+
+        t [B]: times, of which zeros mark reconstruction rows; noise [B, L, De]: eps; coins [B] bool:
+        self-conditioned rows. Padding is modelled like any token, and the bound on all of it divided by the
+        number of real tokens.
+        """
+        tokens = batch["tokens"]
+        (B, L), device, per_row = tokens.shape, tokens.device, tokens.shape[1]
+        if "mask" in batch:
+            per_row = batch.get("global_len", batch["mask"].sum(1)).double().mean()
+        rows = batch.get("rows") or common.Rows.default(B)
+        E = self.embedding_matrix()                                             # [V, De]
+        eps = torch.randn(B, L, E.shape[1], device=device) if noise is None else noise
+
+        # 1. rows: r of the n global ones estimate the reconstruction, an exact share is self-conditioned
+        n = rows.n_global
+        if t is None:
+            r = reconstruction_rows(self.row_stats, n)
+            t = diffusion_times(rows.uniform(device=device), r, n)
+        else:
+            r = (t == 0).sum() * (n / B)
+        is_recon, n_recon, n_diff = t == 0, r * (B / n), (n - r) * (B / n)      # normalisers of a chunk
+        sc, index = self.self_conditioned(rows, B, device) if coins is None else (coins, coins.nonzero()[:, 0])
+
+        # 2. schedule: self-conditioned rows teach neither its shape nor its ends
+        gamma_0, gamma_1 = self.gamma_bounds()
+        g, g_dot = self.noise_schedule(t)
+        gamma, gamma_dot = gamma_0 + (gamma_1 - gamma_0) * g, (gamma_1 - gamma_0) * g_dot
+        end = gamma_1.expand(B)
+        gamma, gamma_dot, end = (torch.where(sc, v.detach(), v) for v in (gamma, gamma_dot, end))
+
+        # 3. diffuse: z in the parameters' dtype, the schedule in float64
+        x = E[tokens]
+        x = torch.where(bc(sc), x.detach(), x)                                  # [B, L, De]
+        alpha, sigma = (bc(v).to(E.dtype) for v in alpha_sigma(gamma))
+        z = alpha * x + sigma * eps.to(E.dtype)
+
+        # 4. the estimate fed back: a first pass over the self-conditioned rows only
+        scale, x_sc = bias_scale(self.updates, self.cfg.bias_ramp), torch.zeros_like(z)
+        if len(index):
+            with torch.no_grad():
+                x_sc[index] = self.predict(z[index], gamma[index], x_sc[index], E, scale)
+
+        # 5. every row carries both weights, so that r changes numbers and never shapes
+        w_mse = torch.where(is_recon, 0, diffusion_weight(gamma, gamma_dot)) / per_row      # [B]
+        w_ce = is_recon.double() / per_row
+        u, zb = self.features(z, gamma, x_sc, scale)
+        head = self.model.output_layer.linear
+        terms, sq, ce = elbo_head(u, head.weight, head.bias, zb, E, x, w_mse / n_diff, w_ce / n_recon,
+                                  tokens, ~sc)
+        prior = prior_kl(x, end).sum() / (B * per_row)
+        diff, recon = w_mse.detach() * sq.double().sum(1), w_ce * ce.double().sum(1)    # [B], 0 on other rows
+
+        # 6. the shape descends E[l^2]: 2 l times the gradient, before the affine map, on diffusion rows only
+        for path in (g, g_dot):
+            if path.requires_grad:
+                path.register_hook(lambda grad: grad * 2 * diff)
+
+        means = torch.stack([recon.sum() / n_recon, recon.square().sum() / n_recon,
+                             diff.sum() / n_diff, diff.square().sum() / n_diff])
+        if self.training:
+            self.pending += torch.cat([means, torch.ones_like(means[:1])])
+        return terms + prior, dict(recon=means[0], diffusion=means[2], prior=prior.detach(), rows=r,
+                                   gamma_0=gamma_0.detach(), gamma_1=gamma_1.detach())
+
+    @torch.no_grad()
+    def after_step(self, step, ok):
+        """Commit this step's statistics, averaged over micro-steps and ranks, unless the update was skipped."""
+        means = common.all_reduce_mean(self.pending[:4] / self.pending[4])
+        self.row_stats.copy_(torch.where(ok, update_stats(self.row_stats, means), self.row_stats))
+        self.updates += ok
+        self.pending.zero_()
+
+    # --- 9. likelihood -----------------------------------------------------------------------------
+
+    def score(self, tokens, t, E, eps=None):
+        """Diffusion loss and cross-entropy at times t [B], each [B] in nats per sequence, float64.
+
+        Two passes: every row is self-conditioned, as in the published bound. x_sc is a function of (z_t,
+        gamma), so this is a bound; the sampler's x_sc, carried over from the previous step, belongs to a
+        slightly different model.
+        """
+        x, (gamma, gamma_dot) = E[tokens], self.schedule(t)
+        alpha, sigma = (bc(v).to(E.dtype) for v in alpha_sigma(gamma))
+        z = alpha * x + sigma * (torch.randn_like(x) if eps is None else eps.to(E.dtype))
+        x_sc = torch.zeros_like(z)
+        if self.cfg.self_cond_every:
+            x_sc = self.predict(z, gamma, x_sc, E)
+        u, zb = self.features(z, gamma, x_sc)
+        head, zeros = self.model.output_layer.linear, torch.zeros_like(t)
+        _, sq, ce = elbo_head(u, head.weight, head.bias, zb, E, x, zeros, zeros, tokens, zeros)
+        return diffusion_weight(gamma, gamma_dot) * sq.double().sum(1), ce.double().sum(1)
+
+    @torch.no_grad()
+    def nll(self, tokens, mask=None, times=8, t=None, noise=None):
+        """The bound and its terms, [B] in nats per SEQUENCE (padding scored as text); `times` draws of t a row.
+
+        t [K, B] and noise [K + 1, B, L, De] (the reconstruction's first) may be given.
+        """
+        B, E = tokens.shape[0], self.embedding_matrix()
+        if t is None:               # stratified within a row and over the rows
+            u = common.Rows.default(B).uniform(device=tokens.device)
+            t = torch.stack([(k + u) / times for k in range(times)])
+        eps = [None] * (len(t) + 1) if noise is None else noise
+        recon = self.score(tokens, torch.zeros_like(t[0]), E, eps[0])[1]
+        diff = sum(self.score(tokens, t_k, E, eps_k)[0] for t_k, eps_k in zip(t, eps[1:])) / len(t)
+        prior = prior_kl(E[tokens], self.gamma_bounds()[1].expand(B)).sum(1)
+        return dict(nll=recon + diff + prior, recon=recon, diffusion=diff, prior=prior)
+
+    @torch.no_grad()
+    def time_table(self, tokens, rounds=4):
+        """Diffusion loss and CE by decile of t, [2, 10] in nats per token; `rounds` noise draws of tokens."""
+        E, total = self.embedding_matrix(), torch.zeros(3, 10, dtype=torch.float64, device=tokens.device)
+        for chunk in tokens.split(self.cfg.batch // self.cfg.accum) * rounds:
+            t = common.Rows.default(len(chunk)).uniform(device=tokens.device)
+            diff, ce = self.score(chunk, t, E)
+            count = torch.full_like(ce, tokens.shape[1])
+            total.index_add_(1, (10 * t).long(), torch.stack([diff, ce, count]))
+        return total[:2] / total[2]
+
+    def diagnostics(self, corpus):
+        """Lines for `eval`: is l(t) flat, is CE(t) a line, how many directions does the embedding use."""
+        device, De = self.embedding_matrix.matrix.device, self.cfg.d_embed
+        val, train = (corpus.rows(split, np.arange(min(n, corpus.n_rows(split))))["tokens"].to(device)
+                      for split, n in (("val", 512), ("train", 4096)))
+        loss, ce = self.time_table(val)
+        E = self.embedding_matrix().detach()[train.unique()]                    # the others drift freely
+        ends = self.schedule(torch.linspace(0, 1, 5, device=device))[0].tolist()
+        return ["decile of t       " + " ".join(f"{i / 10:5.1f}" for i in range(10)),
+                "diffusion loss    " + " ".join(f"{v:5.2f}" for v in loss.tolist()) + "  nats/token",
+                "cross-entropy     " + " ".join(f"{v:5.2f}" for v in ce.tolist()) + "  nats/token",
+                f"loss over t       coefficient of variation {variation(loss):.1%}, first seven deciles "
+                f"{variation(loss[:7]):.1%}; R^2 of CE(t) against a line {r_squared(ce):.4f}",
+                "gamma at quarters " + " ".join(f"{v:5.2f}" for v in ends),
+                f"embedding         {components(E)} of {De} principal components hold 90 % of the variance "
+                f"of the {len(E)} tokens seen"]
+
+    # --- 10. sampling ------------------------------------------------------------------------------
+
+    def estimate(self, z, gamma, x_sc, E, tau, held, guides):
+        """One network call: (what the solver uses, x_hat to feed back), [n, L, De] float64.
+
+        The first is tempered, then moved by the guides' gradient, and exact where tokens are held.
+        """
+        gammas = gamma.expand(len(z))
+        x_hat = self.predict(z.to(E.dtype), gammas, x_sc.to(E.dtype), E).double()
+        x = temper(x_hat, z, gamma, tau)
+        if guides:
+            alpha, sigma = alpha_sigma(gamma)
+            with torch.enable_grad():
+                z_in, head = z.detach().requires_grad_(), self.model.output_layer.linear
+                u, zb = self.features(z_in.to(E.dtype), gammas, x_sc.to(E.dtype))
+                logits = F.linear(u.to(E.dtype), head.weight, head.bias) + zb @ E.T     # [n, L, V]
+                x = x + torch.autograd.grad(guide_score(logits, guides), z_in)[0] * sigma ** 2 / alpha
+        if held is not None:
+            x, x_hat = (torch.where(held[1], held[0], v) for v in (x, x_hat))
+        return x, x_hat
+
+    @torch.no_grad()
+    def sample(self, n, length, steps, known=None, known_mask=None, watch=None, sampler="ddpm", tau=1.0,
+               grid="uniform", guide="", noise=None):
+        """Tokens [n, length]: `steps` updates of one network call each (heun: two), and a call for the argmax.
+
+        Held positions (known [n, L] where known_mask: a prefix, an infilling) take their own embedding as the
+        estimate, so they follow the forward process exactly. noise [steps + 1, n, L, De]: the start, then one
+        draw per update.
+        """
+        if sampler not in ("ddpm", "ddim", "dpmpp", "heun") or grid not in ("uniform", "plaid"):
+            raise data.UserError(f"sampler={sampler} grid={grid}: use ddpm, ddim, dpmpp, heun; uniform, plaid")
+        E, guides, held, last = self.embedding_matrix(), parse_guide(guide), None, None
+        device, size = E.device, (n, length, E.shape[1])
+        gamma_t, gamma_s = (self.schedule(t.to(device))[0] for t in time_grid(steps, grid))
+        eps = iter(noise) if noise is not None else (torch.randn(size, device=device).double()
+                                                     for _ in range(steps + 1))
+        z, x_sc = next(eps), torch.zeros(size, dtype=torch.float64, device=device)
+        if known is not None:
+            held = E[known].double(), known_mask[..., None]
+            alpha, sigma = alpha_sigma(gamma_t[0])
+            z = torch.where(held[1], alpha * held[0] + sigma * z, z)
+        for i, (g_t, g_s) in enumerate(zip(gamma_t, gamma_s)):
+            x, x_sc = self.estimate(z, g_t, x_sc, E, tau, held, guides)
+            if sampler == "ddpm":
+                z = ddpm_step(z, x, g_t, g_s, next(eps))
+            elif sampler == "ddim":
+                z = ddim_step(z, x, g_t, g_s)
+            elif sampler == "dpmpp":
+                z, last = dpmpp_step(z, x, g_t, g_s, last), (x, g_t)
+            else:
+                x2, x_sc = self.estimate(ddim_step(z, x, g_t, g_s), g_s, x_sc, E, tau, held, guides)
+                z = heun_step(z, x, x2, g_t, g_s)
+            if watch is not None:
+                watch(i + 1, (x_sc.to(E.dtype) @ E.T).argmax(-1))               # nearest to the estimate
+        u, zb = self.features(z.to(E.dtype), gamma_s[-1].expand(n), x_sc.to(E.dtype))
+        head = self.model.output_layer.linear
+        tokens = common.greedy(u, head.weight, head.bias, skip=zb, E=E)
+        return tokens if known is None else torch.where(known_mask, known, tokens)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def test_training_step_matches_official_loss_and_gradients(prefix):
     batch, draws, r = inject(model, prefix)
     seen = {}
     features = model.features
-    model.features = lambda z, gamma, x_sc, scale: seen.update(z=z, gamma=gamma, x_sc=x_sc) or features(z, gamma, x_sc, scale)
+    model.features = lambda *a: seen.update(zip(("z", "gamma", "x_sc"), a)) or features(*a)
     loss, m = model.loss(batch, **draws)
     for ours, name in ((draws["t"], "t"), (seen["z"], "z"), (seen["gamma"], "gamma"), (seen["x_sc"], "x_selfcond"),
                        (loss, "loss"), (m["prior"], "prior_loss")):
@@ -207,8 +207,7 @@ def test_evaluation_split(prefix):
     t = torch.cat([torch.zeros(r), (torch.arange(B - r) + a["u"]) / (B - r)])
     torch.testing.assert_close(t, g["t"], **TIGHT)
     with torch.no_grad():
-        sq, ce, gamma, dot = model.score(a["x"], t, E, a["noise"])
-        recon, diff = ce / L, replaid.diffusion_weight(gamma, dot) * sq / L
+        diff, recon = (v / L for v in model.score(a["x"], t, E, a["noise"]))
         prior = replaid.prior_kl(E[a["x"]], model.gamma_bounds()[1].expand(B)).mean(1)
     torch.testing.assert_close(recon[:r], g["reconst_loss"].view(-1), **TIGHT)
     torch.testing.assert_close(diff[r:], g["diffusion_loss"][r:], **TIGHT)
