@@ -1,0 +1,737 @@
+"""nfdm.py against the published numbers (float64), its identities, and a source of known entropy."""
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import nfdm
+from conftest import golden
+from nfdm import NFDM, Config
+
+G = golden("nfdm")
+TOL = 1e-8                                  # float64 goldens, relative to the array's largest entry
+
+
+def close(value, name, tol=TOL):
+    want = G[name] if isinstance(name, str) else name
+    value, want = torch.as_tensor(value).detach().double().squeeze(), want.double().squeeze()
+    assert value.shape == want.shape, (tuple(value.shape), tuple(want.shape))
+    error = float((value - want).abs().max() / want.abs().max().clamp(min=1e-30))
+    assert error < tol, f"{name if isinstance(name, str) else ''}: relative error {error:.1e}"
+
+
+# --- networks that only the goldens need -------------------------------------------------------------
+
+
+class ToyNet(nn.Module):
+    """tanh mix over positions; with `forward_net` it returns (m, s, dm, ds) like nfdm.ForwardNet."""
+
+    def __init__(self, w, forward_net=False):
+        super().__init__()
+        self.forward_net = forward_net
+        for name, value in w.items():
+            self.register_parameter(name, nn.Parameter(value.double()))
+
+    def forward(self, x, t, tangent=True):
+        h = torch.tanh(x @ self.Wa + t[:, None, None] * self.ba + self.ca)
+        dh = (1 - h**2) * self.ba
+        h, dh = h + 0.3 * h.mean(1, keepdim=True), dh + 0.3 * dh.mean(1, keepdim=True)
+        out = h @ self.Wb + self.cb
+        return (*out.chunk(2, -1), *(dh @ self.Wb).chunk(2, -1)) if self.forward_net else out
+
+
+class BertLayer(nn.Module):
+    def __init__(self, d, n_head, mlp):
+        super().__init__()
+        self.n_head = n_head
+        lin = {"query": (d, d), "key": (d, d), "value": (d, d)}
+        self.attention = nn.ModuleDict({
+            "self": nn.ModuleDict({k: nn.Linear(*v) for k, v in lin.items()}),
+            "output": nn.ModuleDict({"dense": nn.Linear(d, d), "LayerNorm": nn.LayerNorm(d, eps=1e-12)})})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(d, mlp)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(mlp, d), "LayerNorm": nn.LayerNorm(d, eps=1e-12)})
+
+    def forward(self, h):
+        q, k, v = (self.attention["self"][name](h).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+                   for name in ("query", "key", "value"))
+        a = self.attention["output"]["dense"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = self.attention["output"]["LayerNorm"](h + a)
+        return self.output["LayerNorm"](h + self.output["dense"](F.gelu(self.intermediate["dense"](h))))
+
+
+class Bert(nn.Module):
+    """The paper's predictor, published parameter names: post-norm encoder, learned positions, tanh projections (2.4)."""
+
+    def __init__(self, d_embed, d, n_layer, n_head, mlp, positions, time_hidden):
+        super().__init__()
+        self.time_embed = nn.Sequential(nn.Linear(d_embed, time_hidden), nn.SiLU(), nn.Linear(time_hidden, d))
+        self.input_up_proj = nn.Sequential(nn.Linear(d_embed, d), nn.Tanh(), nn.Linear(d, d))
+        self.input_transformers = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(d, n_head, mlp) for _ in range(n_layer))})
+        self.position_embeddings = nn.Embedding(positions, d)
+        self.LayerNorm = nn.LayerNorm(d, eps=1e-12)
+        self.output_down_proj = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, d_embed))
+
+    def forward(self, z, t):
+        time = self.time_embed(nfdm.d_time_features(t, z.shape[-1], False)[0])[:, None]
+        h = self.LayerNorm(self.input_up_proj(z) + self.position_embeddings.weight[:z.shape[1]] + time)
+        for layer in self.input_transformers["layer"]:
+            h = layer(h)
+        return self.output_down_proj(h)
+
+
+def part(prefix):
+    return {k[len(prefix):]: v for k, v in G.items() if k.startswith(prefix)}
+
+
+def layers(w, pattern):
+    return 1 + max(int(k.split(pattern)[1].split(".")[0]) for k in w if pattern in k)
+
+
+def load(model, w):
+    """Published names -> ours. Everything the golden has must land somewhere, except the tied copy of the embedding."""
+    names = {"pred.model.word_embedding.weight": "embedding.weight", "pred.model.lm_head.bias": "bias"}
+    state, mapped = model.state_dict(), {}
+    for key, value in w.items():
+        ours = names.get(key) or key.replace("affine.", "process.").replace("gamma.", "process.").replace(
+            "vol.model.", "volatility.").replace("pred.model.", "net.").replace("t_proj.net.1", "t_proj")
+        if key != "pred.model.lm_head.weight":
+            assert state[ours].shape == value.shape, (ours, state[ours].shape, value.shape)
+            mapped[ours] = value.double()
+    missing = set(state) - set(mapped) - {"times.logits"} - {k for k in state if k.endswith((".cos", ".sin"))}
+    assert not missing, missing
+    model.load_state_dict(mapped, strict=False)     # strict but for the sampler's logits: checked above
+    return model.eval()
+
+
+def toy(prefix="toy", dtype=torch.float64, **keys):
+    w = part(f"{prefix}/w/")
+    V, De = w["pred.model.word_embedding.weight"].shape
+    L = G[f"{prefix}/in/tokens"].shape[1]
+    pred = {k[len("pred.model."):]: v for k, v in w.items() if k.startswith("pred.model.") and "." not in k[11:]}
+    cfg = Config(**dict(dict(vocab=V, d_embed=De, length=L, fwd_dim=2 * De, fwd_heads=2, fwd_layers=1, fwd_mlp=8), **keys))
+    model = NFDM(cfg, net=ToyNet(pred)).double()
+    if keys.get("forward", "learned") == "learned":
+        model.process.net = ToyNet(part(f"{prefix}/w/affine.net."), True)
+    return load(model, w)
+
+
+def full(**keys):
+    w = part("full/w/")
+    V, De = w["pred.model.word_embedding.weight"].shape
+    H = w["affine.net.layer_norm.weight"].shape[0]
+    d, hidden = w["pred.model.input_up_proj.2.weight"].shape[0], w["pred.model.time_embed.0.weight"].shape[0]
+    net = Bert(De, d, layers(w, "input_transformers.layer."), 2, w["pred.model.input_transformers.layer.0.output.dense.weight"]
+               .shape[1], w["pred.model.position_embeddings.weight"].shape[0], hidden)
+    cfg = Config(vocab=V, d_embed=De, length=w["affine.net.position_embeddings.weight"].shape[0], fwd_dim=H, fwd_heads=2,
+                 fwd_layers=layers(w, "affine.net.layers."), fwd_mlp=w["affine.net.layers.0.ffn.0.weight"].shape[0], **keys)
+    return load(NFDM(cfg, net=net).double(), w)
+
+
+def build(prefix, **keys):
+    if prefix == "full":
+        return full(**keys)
+    return toy(prefix, **(dict(forward="sqrt") if prefix == "static" else {}), **keys)
+
+
+def inputs(prefix):
+    return G[f"{prefix}/in/tokens"], G[f"{prefix}/in/t"].double(), (G[f"{prefix}/in/eps"].double(), G[f"{prefix}/in/eps0"].double())
+
+
+# --- goldens -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["full", "toy", "static"])
+def test_values_of_one_training_pass_match_the_official_code(prefix):
+    model, (tokens, t, (eps, eps0)), o = build(prefix), inputs(prefix), f"{prefix}/out/"
+    x = model.embed(tokens)
+    close(x, o + "emb")
+    path = model.process(x, t)
+    g2 = model.g2(t)
+    z = path[0] + path[1] * eps
+    x_hat = model.predict(z, t)
+    path_hat = model.process(x_hat, t)
+    for name, value in zip(("m", "s", "dm", "ds", "rm", "rs", "rdm", "rds"), path + path_hat):
+        close(value, o + name)
+    close(g2.sqrt(), o + "g")
+    close(z, o + "z")
+    close(x_hat, o + "xhat")
+    f, e = nfdm.velocity(z, path)
+    f_hat, e_hat = nfdm.velocity(z, path_hat)
+    close(f, o + "f_ode")
+    close(f_hat, o + "r_ode")
+    close(nfdm.backward_drift(f, e, path[1], g2), o + "f_sde")
+    close(nfdm.backward_drift(f_hat, e_hat, path_hat[1], g2), o + "r_sde")
+    close(f_hat, o + "ode_drift")
+    close(nfdm.diffusion_element(eps, path, z, path_hat, g2), o + "loss_elem")
+    close(model.reconstruction(x, tokens, eps0, torch.ones(tokens.shape))[1], o + "rec_tok")
+    close(nfdm.nearest_rows(x_hat, model.embedding.weight), o + "xhat_clamped")
+    close(model.process.prior(x), o + "elbo_prior", 1e-8 if prefix == "static" else 1)
+    if prefix == "full":
+        m, s, dm, ds = model.process.net(x, t)
+        close(torch.cat([m, s], -1), o + "affine_net")
+        close(torch.cat([dm, ds], -1), o + "affine_net_dt")
+        close(model.net(z, t), o + "pred_net")
+        close(common._logits(model.process.start(x)[0].flatten(0, 1) + 0.1 * eps0.flatten(0, 1), model.embedding.weight,
+                             model.bias, None, None, 0.0)[0].view(*tokens.shape, -1), o + "logits_z0")
+        close(model.diffusion(x, t, torch.full_like(x, 0.5)), o + "elbo_diff_eps_half")
+        close(model.diffusion(x, t, eps, "x0"), o + "rescaled_mse_elem")
+        for name, value in zip(("m_tiny", "s_tiny"), model.process(x, torch.full_like(t, 1e-6))):
+            close(value, o + name)
+
+
+@pytest.mark.parametrize("prefix", ["full", "toy", "static"])
+def test_loss_and_every_published_gradient_match(prefix):
+    # times given: p = 1 at the uniform start, so the loss is the published total plus the sampler's moment
+    model, (tokens, t, noise) = build(prefix), inputs(prefix)
+    d = G[f"{prefix}/out/diff_meanflat"].double()
+    loss, metrics = model.loss(dict(tokens=tokens), t=t, noise=noise)
+    close(loss - (d**2).mean(), f"{prefix}/out/total_uniform_t", 1e-8)
+    close(metrics["rec"], G[f"{prefix}/out/rec_mean"].mean())
+    close(metrics["diff"], d.mean() * noise[0].shape[-1])
+    loss.backward()
+    named = dict(model.named_parameters())
+    for key, want in part(f"{prefix}/out/grad/").items():
+        ours = key.replace("affine.", "process.").replace("vol.model.", "volatility.").replace("t_proj.net.1", "t_proj")
+        ours = {"pred.model.word_embedding.weight": "embedding.weight", "pred.model.lm_head.bias": "bias"}.get(
+            key, ours.replace("pred.model.", "net."))
+        close(named[ours].grad, want, 1e-12)        # seen: 5e-15; a fused norm gives 0.06 and more
+
+
+def test_importance_weights_as_coded_and_paired():
+    tokens, t, noise = inputs("full")
+    for kind, want in (("as_coded", "training_step_as_coded"), ("paired", "total_paired_is")):
+        model = full(is_weights=kind)
+        model.times.logits.data = G["full/in/ts_logits"].double()
+        close(model.times.density(t), "full/out/ts_prob")
+        loss, _ = model.loss(dict(tokens=tokens), t=t, noise=noise)
+        moment = ((G["full/out/diff_meanflat"].double() / G["full/out/ts_prob"].double()) ** 2).mean()
+        close(loss if kind == "as_coded" else loss - moment, f"full/out/{want}", 1e-10)
+        loss.backward()
+        if kind == "as_coded":
+            close(model.times.logits.grad, "full/out/ts_logits_grad_as_coded", 1e-10)
+            close(model.embedding.weight.grad, "full/out/grad_emb_as_coded", 1e-10)
+
+
+@pytest.mark.parametrize("prefix", ["full", "toy", "static"])
+@pytest.mark.parametrize("sampler", ["ode", "sde", "marginal", "marginal_clamped"])
+def test_sampler_paths_match_the_official_ones(prefix, sampler):
+    name = f"{prefix}/out/{sampler}_path"
+    if name not in G:
+        pytest.skip("no such golden")
+    model, noise = build(prefix), G[f"{prefix}/in/noise"].double()
+    options = dict(sampler=sampler.split("_")[0], clamp="clamped" in sampler)
+    with torch.no_grad():
+        path = [G[f"{prefix}/in/z1"].double()]
+        path += [z for z, _ in model.trajectory(path[0], len(noise), noise, **options)]
+    close(torch.stack(path), name, 1e-6)
+    if f"{prefix}/out/{sampler}_tokens" in G:
+        assert torch.equal(common.greedy(path[-1], model.embedding.weight, model.bias), G[f"{prefix}/out/{sampler}_tokens"])
+
+
+def test_marginal_step_with_any_share_of_fresh_noise():
+    model = toy()
+    z1, noise = G["toy/in/z1"].double(), G["toy/in/noise"][0].double()
+    for k, name in ((float(G["toy/formula/ddim_sig2_t0.7_s0.55"][0]), "refsched"), (0.0, "sig0"), (1.0, "sig1")):
+        with torch.no_grad():
+            close(model.step(z1, 0.7, 0.55, noise, k=k)[0], f"toy/formula/ddim_step_{name}")
+
+
+def test_bound_sums_over_tokens_and_averages_over_times(monkeypatch):
+    model, (tokens, _, (_, eps0)) = toy(), inputs("toy")
+    x = model.embed(tokens)
+    ts, eps = G["toy/in/elbo_t"].double(), G["toy/in/elbo_eps"].double()
+    diff = torch.stack([model.diffusion(x, t.expand(len(x)), e).sum((1, 2)) for t, e in zip(ts, eps)])
+    close(diff, "toy/formula/nelbo_diff_kb")
+    rec = model.reconstruction(x, tokens, eps0, torch.ones(tokens.shape))[1].sum(1)
+    close(rec, "toy/formula/nelbo_rec_sum")
+    # nll itself, fed the same draws: eps0 first, then for each time a uniform and an eps
+    draws, uniforms = iter([eps0, *eps]), iter([t * 4 - k for k, t in enumerate(ts)])
+    monkeypatch.setattr(torch, "randn_like", lambda x: next(draws))
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: next(uniforms).expand(len(x)))
+    out = model.nll(tokens, n_times=4)
+    close(out["nll"], "toy/formula/nelbo_seq")
+    close(out["nll"].mean() / tokens.shape[1], "toy/formula/nelbo_nats_per_token")
+
+
+def test_probability_flow_density_matches_runge_kutta_with_the_exact_divergence():
+    model, (tokens, _, (_, eps0)) = toy(), inputs("toy")
+    z0 = (model.embed(tokens) + 0.1 * eps0)[:1].detach()
+    t = torch.full((1,), 0.3, dtype=torch.float64)
+
+    def field(z):
+        return nfdm.velocity(z, model.process(model.clean(z, t), t))[0]
+
+    close(field(z0), "toy/formula/ode_drift_at_z0_t0.3")
+    jacobian = torch.autograd.functional.jacobian(field, z0).reshape(z0.numel(), -1)
+    close(jacobian.trace(), "toy/formula/ode_div_at_z0_t0.3")
+    close(model.log_density(z0, 16, t_min=0.001), "toy/formula/ode_logp_z0")
+    # Rademacher probes estimate the same divergence: mean over many within 5 standard errors
+    exact = model.log_density(z0.expand(512, -1, -1), 4)
+    rough = model.log_density(z0.expand(512, -1, -1), 4, probes=1)
+    assert abs(rough.mean() - exact.mean()) < 5 * rough.std() / 512**0.5 + 1e-9
+
+
+def test_ode_bound_is_the_sum_of_its_terms_and_close_to_the_exact_one():
+    model = toy().double()
+    tokens = inputs("toy")[0]
+    torch.manual_seed(1)
+    out = model.nll(tokens, likelihood="ode", ode_steps=32, probes=0)
+    close(out["nll"], out["rec"] + out["log_q"] - out["log_p"])
+    torch.manual_seed(1)
+    fine = model.nll(tokens, likelihood="ode", ode_steps=64, probes=0)
+    close(out["nll"], fine["nll"], 1e-4)            # RK4: halving the step changes the figure by its order only
+
+
+def test_fixed_schedules_and_their_derivatives():
+    t = G["misc/t"].double()
+    inner = (t > 0) & (t < 1)
+    for name, process in (("sqrt", nfdm.Sqrt()), ("fmot", nfdm.Line(0.01))):
+        for key, value in zip(("alpha", "sigma", "dalpha", "dsigma"), process.schedule(common.bc(t))):
+            value, want = value.flatten(), G[f"misc/{name}/{key}"].double()
+            assert torch.allclose(value[inner], want[inner], rtol=1e-6, atol=1e-12), (name, key)    # sqrt alpha at 1: 1e-6
+    g = nfdm.Sqrt().markov_g2(t).sqrt().flatten()
+    assert torch.allclose(g[inner], G["misc/g_sqrtvol"].double()[inner], rtol=1e-4)
+    close(nfdm.static_g2(t).sqrt(), "misc/g_staticvol")
+
+
+def test_learned_gammas():
+    t = common.bc(G["misc/t_gamma"].double())
+    vdm = nfdm.VDM()
+    vdm.load_state_dict(part("misc/gamma_vdm/w/"))
+    for value, key in zip(vdm.double().gamma(t), ("g", "dg")):
+        close(value, f"misc/gamma_vdm/{key}", 2e-5)                         # the official one is float32
+    mulan = nfdm.MuLAN(5, as_coded=True)
+    mulan.load_state_dict(part("misc/mulan/w/"))
+    for value, key in zip(mulan.double().gamma(t), ("g", "dg")):
+        close(value, f"misc/mulan/{key}")
+    mulan.as_coded = False                          # the exact derivative, against a central difference
+    inner = common.bc(torch.linspace(0.05, 0.95, 10).double())
+    numeric = (mulan.gamma(inner + 1e-6)[0] - mulan.gamma(inner - 1e-6)[0]) / 2e-6
+    close(mulan.gamma(inner)[1], numeric, 1e-7)
+
+
+def test_mulan_loss_is_the_general_loss():
+    # alpha x + sigma eps with sigma^2 gamma' as volatility: the closed form of the official class, from the one loss of 4.1
+    model, (tokens, t) = toy("mulan", forward="mulan"), inputs_mulan()
+    model.process.as_coded = True
+    x, eps = model.embed(tokens), G["mulan/in/eps"].double()
+    close(model.process.gamma(common.bc(t))[1], "mulan/out/dgamma")
+    close(model.diffusion(x, t, eps), "mulan/out/loss_elbo")
+    close(model.diffusion(x, t, eps, "x0"), "mulan/out/loss_x_0_prediction")
+
+
+def inputs_mulan():
+    return G["mulan/in/tokens"], G["mulan/in/t"].double()
+
+
+def test_bucket_sampler_density_loss_and_gradient():
+    times = nfdm.TimeSampler(100)
+    times.logits.data = G["misc/ts/logits"].double()
+    p = times.density(G["misc/ts/t"].double())
+    close(p, "misc/ts/prob")
+    moment = (G["misc/ts/loss_in"].double() / p) ** 2
+    close(moment, "misc/ts/sampler_loss")
+    moment.mean().backward()
+    close(times.logits.grad, "misc/ts/logits_grad")
+
+
+def test_time_features():
+    t = G["misc/temb/t"].double()
+    close(nfdm.d_time_features(t, 16, False)[0], "misc/temb/dim16_f64")
+    close(nfdm.d_time_features(t, 7, False)[0], "misc/temb/dim7_f64")
+    value, slope = nfdm.d_time_features(t, 16, True)
+    numeric = (nfdm.d_time_features(t + 1e-7, 16, False)[0] - nfdm.d_time_features(t - 1e-7, 16, False)[0]) / 2e-7
+    close(slope, numeric, 1e-5)
+
+
+def test_muon_is_the_published_newton_schulz():
+    ours = common.newton_schulz(G["misc/muon/grad"][None], torch.bfloat16, 1e-7)[0]
+    close(ours, "misc/muon/ns5_bf16", 2e-2)
+
+
+def test_float32_run_stays_within_the_published_gap():
+    model, o = full().float(), "full/out32/"
+    tokens, t, (eps, _) = inputs("full")
+    x, t, eps = model.embed(tokens), t.float(), eps.float()
+    path = model.process(x, t)
+    z = path[0] + path[1] * eps
+    for name, value, tol in (("m", path[0], 1e-6), ("s", path[1], 1e-6), ("z", z, 1e-6), ("dm", path[2], 2e-5),
+                             ("ds", path[3], 2e-5), ("xhat", model.predict(z, t), 5e-6),
+                             ("loss_elem", model.diffusion(x, t, eps), 2e-5)):
+        close(value, "full/out/" + name, tol)
+        close(value, o + name, 2 * tol)             # their own float32 error on top
+
+
+# --- section 10: identities ------------------------------------------------------------------------------
+
+
+def small(net=None, dtype=torch.float64, randomise=True, **keys):
+    cfg = Config(**dict(dict(vocab=7, d_embed=4, length=6, d_model=16, n_layer=1, n_head=2, cond_dim=8, fwd_dim=8, fwd_layers=2,
+                             fwd_heads=2, fwd_mlp=16, fwd_dropout=0.0, unigram_entropy=1.9), **keys))
+    model = NFDM(cfg, net=net).to(dtype)
+    if randomise:                                   # zero-initialised modulations would hide the time derivative
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape, dtype=dtype) * (0.02 if p.shape == (100,) else 0.3))
+    return model
+
+
+def draws(model, B=3):
+    x = torch.randn(B, model.cfg.length, model.cfg.d_embed, dtype=model.bias.dtype)
+    return x, torch.rand(B, dtype=x.dtype) * 0.8 + 0.1, torch.randn_like(x)
+
+
+def test_boundaries_are_exact():
+    model = small()
+    x, t, _ = draws(model)
+    mu, sigma, _, _ = model.process(x, torch.ones_like(t))
+    assert torch.equal(mu, torch.zeros_like(mu)) and torch.equal(sigma, torch.ones_like(sigma))
+    mu, sigma, _, _ = model.process(x, torch.zeros_like(t))
+    assert torch.equal(mu, x) and torch.allclose(sigma, torch.full_like(x, 0.1), rtol=1e-15)
+    assert torch.equal(model.process.start(x)[0], x) and float(model.process.prior(x).abs().max()) == 0
+    mu, sigma, _, _ = model.process(x, torch.full_like(t, 1e-6))
+    assert (sigma - 0.1).abs().max() < 1e-5         # continuous at 0
+
+
+@pytest.mark.parametrize("forward", nfdm.FORWARD)
+def test_time_derivatives_of_every_process(forward):
+    model = small(forward=forward)
+    x, t, eps = draws(model)
+    h = 1e-5
+    ahead, back = model.process(x, t + h), model.process(x, t - h)
+    path = model.process(x, t)
+    numeric = ((ahead[0] + ahead[1] * eps) - (back[0] + back[1] * eps)) / (2 * h)
+    # features up to 1000 rad per unit t: the difference itself is good to h^2 f^3 / 6 of what the modulations pass on
+    close(path[2] + path[3] * eps, numeric, 2e-4 if forward == "learned" else 1e-7)
+
+
+def test_oracle_predictor_has_no_loss_and_its_ode_ends_at_the_data():
+    class Oracle(nn.Module):
+        def forward(self, z, t):
+            return self.x
+
+    model = small(net=Oracle(), stabilize=False)
+    with torch.no_grad():
+        model.process.net.time_embed[0].weight.mul_(0.0)     # smooth in t, so that 64 steps of RK4 are enough
+    x, t, eps = draws(model)
+    model.net.x = x
+    assert model.diffusion(x, t, eps).abs().max() < 1e-24
+    with torch.no_grad():
+        z1 = torch.randn_like(x)
+
+        def f(z, t):
+            time = torch.full((1,), t, dtype=z.dtype)
+            return nfdm.velocity(z, model.process(model.clean(z, time), time))[0]
+
+        z, h = z1, 1 / 64
+        for i in range(64):
+            s = 1 - i * h
+            k1 = f(z, s)
+            k2 = f(z - h / 2 * k1, s - h / 2)
+            k3 = f(z - h / 2 * k2, s - h / 2)
+            k4 = f(z - h * k3, s - h)
+            z = z - h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        assert (z - (x + 0.1 * z1)).abs().max() < 1e-6
+        errors = []
+        for n in (100, 1000):
+            *_, (z, _) = model.trajectory(z1, n, sampler="ode")
+            errors.append(float((z - (x + 0.1 * z1)).abs().max()))
+        assert 7 < errors[0] / errors[1] < 13       # first order
+        *_, (z, _) = model.trajectory(z1, 5)
+        assert torch.equal(z, x)
+
+
+@pytest.mark.parametrize("forward", ["frozen", "line", "sqrt", "vdm", "mulan"])
+def test_markov_volatility_gives_the_closed_form(forward):
+    # element = -SNR'/2 (x - x_hat)^2 with Markovian g: what Diffusion-LM and VDM optimise, from the general expression
+    model = small(forward=forward, volatility="markov")
+    x, t, eps = draws(model)
+    path = model.process(x, t)
+    z = path[0] + path[1] * eps
+    x_hat = model.predict(z, t)
+    alpha, sigma, alpha_dot, sigma_dot = model.process.schedule(common.bc(t))
+    snr_dot = 2 * alpha * alpha_dot / sigma**2 - 2 * alpha**2 * sigma_dot / sigma**3
+    close(model.diffusion(x, t, eps), -0.5 * snr_dot * (x - x_hat) ** 2, 1e-11)
+    g2 = torch.full_like(alpha, 1.7)                # any other g: the linear-Gaussian form of property 4
+    factor = alpha_dot - alpha * sigma_dot / sigma - g2 * alpha / (2 * sigma**2)
+    close(nfdm.diffusion_element(eps, path, z, model.process(x_hat, t), g2), (factor * (x - x_hat)) ** 2 / (2 * g2), 1e-11)
+
+
+def test_quadratic_expansion_and_the_optimal_volatility():
+    model = small()
+    x, t, eps = draws(model, 64)
+    t = t[:1].expand(64)
+    path = model.process(x, t)
+    z = path[0] + path[1] * eps
+    path_hat = model.process(model.predict(z, t), t)
+    (f, e), (f_hat, e_hat) = nfdm.velocity(z, path), nfdm.velocity(z, path_hat)
+    de, ds = f - f_hat, -e / path[1] + e_hat / path_hat[1]
+    for g2 in (0.3, 1.0, 5.0):
+        g2 = torch.tensor(g2, dtype=torch.float64)
+        close(nfdm.diffusion_element(eps, path, z, path_hat, g2), de**2 / (2 * g2) - de * ds / 2 + g2 * ds**2 / 8, 1e-9)
+    best = 2 * ((de**2).mean() / (ds**2).mean()).sqrt()
+    values = [float(nfdm.diffusion_element(eps, path, z, path_hat, best * c).mean()) for c in (0.9, 1.0, 1.1)]
+    assert values[1] < min(values[0], values[2])
+    close(torch.tensor(values[1], dtype=torch.float64), 0.5 * ((de**2).mean() * (ds**2).mean()).sqrt() - (de * ds).mean() / 2, 1e-9)
+
+
+def test_bound_of_the_exact_predictor_is_the_entropy():
+    # property 7: two tokens at +-1, line process, its Markovian g, posterior mean tanh(alpha z / sigma^2): L_diff = ln 2.
+    # Quadrature over log SNR of E mmse; sigma(1) = 1, alpha(1) = 0 exactly, and delta small enough for a decoder without loss.
+    process = nfdm.Line(0.01)
+    lam = torch.linspace(math.log(1e-7), math.log((1 / 0.01) ** 2), 4001).double()       # log SNR = 2 log(alpha / sigma)
+    r = (0.5 * lam).exp()
+    t = (1 - 0.01 * r) / (1 + r * 0.99)             # alpha / sigma = (1 - t) / (t + 0.01 (1 - t)) = r
+    nodes, weights = torch.from_numpy(__import__("numpy").polynomial.hermite_e.hermegauss(160)[0]), torch.from_numpy(
+        __import__("numpy").polynomial.hermite_e.hermegauss(160)[1])
+    weights = weights / weights.sum()
+    x = torch.ones(len(t), 1, len(nodes), dtype=torch.float64)                           # symmetric: x = +1 is enough
+    path = process(x, t)
+    z = path[0] + path[1] * nodes
+    x_hat = torch.tanh(path[0] / x * z / path[1] ** 2)
+    element = nfdm.diffusion_element(nodes.expand_as(x), path, z, process(x_hat, t), process.markov_g2(t))
+    per_t = (element * weights).sum((1, 2))
+    dt_dlam = -torch.autograd.functional.jacobian(lambda l: (1 - 0.01 * (l / 2).exp()) / (1 + (l / 2).exp() * 0.99), lam
+                                                  ).diagonal()
+    assert abs(float(torch.trapezoid(per_t * dt_dlam, lam)) - math.log(2)) < 1e-5
+
+
+def test_bucket_sampler_inverts_its_distribution_and_paired_weights_are_unbiased():
+    times = nfdm.TimeSampler(10)
+    assert torch.allclose(times.density(torch.rand(50)), torch.ones(50))
+    times.logits.data = torch.randn(10).double()
+    u = (torch.arange(200_000).double() + 0.5) / 200_000
+    t = times.draw(u)
+    p = times.density(t).detach()
+    assert (t.diff() > 0).all() and abs(float((1 / p).mean()) - 1) < 1e-4               # density integrates to 1
+    d = (3 * t).sin() + 2
+    exact = (1 - math.cos(3)) / 3 + 2
+    assert abs(float(nfdm.importance_weighted(d, p, "paired", None)) - exact) < 1e-4
+    assert abs(float(nfdm.importance_weighted(d, p, "as_coded", (1 / p).mean())) - exact) > 1e-2
+    # property 8: gradient of the moment = 2 x gradient of the estimator's variance, samples held fixed
+    for scale in (2.0,):
+        logits = times.logits.detach().clone().requires_grad_()
+        dens = 10 * logits.softmax(0)[(t * 10).long()]
+        moment, = torch.autograd.grad(((d / dens) ** 2).mean(), logits)
+        grid = (torch.arange(100_000).double() + 0.5) / 100_000
+        second, = torch.autograd.grad((((3 * grid).sin() + 2) ** 2 / (10 * logits.softmax(0)[(grid * 10).long()])).mean(), logits)
+        assert torch.allclose(moment, scale * second, rtol=1e-3, atol=1e-4)
+
+
+def test_as_coded_is_a_product_of_global_means_whatever_the_number_of_ranks():
+    model = small(is_weights="as_coded")
+    tokens = torch.randint(0, 7, (4, 6))
+    noise = torch.randn(2, 4, 6, 4, dtype=torch.float64)
+    whole, _ = model.loss(dict(tokens=tokens, rows=common.Rows(3, 5, 0, 4, 4)), noise=tuple(noise))
+    halves = [model.loss(dict(tokens=tokens[i:i + 2], rows=common.Rows(3, 5, i, 2, 4)), noise=tuple(noise[:, i:i + 2]))[0]
+              for i in (0, 2)]
+    close(sum(halves) / 2, whole, 1e-12)
+
+
+def finite_difference_error(model):
+    """Largest relative error of the bound's gradient, per parameter of the forward net, along that gradient."""
+    tokens, (_, t, eps) = torch.randint(0, 7, (3, 6)), draws(model)
+
+    def objective():
+        return model.diffusion(model.embed(tokens), t, eps).mean()
+
+    model.zero_grad()
+    objective().backward()
+    worst = 0.0
+    for p in model.process.net.parameters():
+        direction, h, values = p.grad / p.grad.norm(), 1e-5, []
+        with torch.no_grad():
+            for sign in (1, -2):
+                p += sign * h * direction
+                values.append(objective())
+            p += h * direction
+        worst = max(worst, abs(float((values[0] - values[1]) / (2 * h) / p.grad.norm()) - 1))
+    return worst
+
+
+def fused_norm(h, dh, eps=1e-6):
+    """The trap: value, mean and 1/std from the fused kernel; autograd sees no gradient through the saved 1/std."""
+    n, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, eps)
+    if dh is None:
+        return n, None
+    return n, (dh - dh.mean(-1, keepdim=True) - n * (n * dh).mean(-1, keepdim=True)) * rstd.detach()
+
+
+def test_gradients_are_right_and_a_fused_norm_would_be_wrong(monkeypatch):
+    torch.manual_seed(4)
+    model = small()
+    assert finite_difference_error(model) < 1e-5
+    monkeypatch.setattr(nfdm, "d_norm", fused_norm)
+    assert finite_difference_error(model) > 1e-2
+
+
+def test_dual_numbers_equal_double_backward_and_forward_mode():
+    model = small()
+    x, t, eps = draws(model)
+    net = model.process.net
+
+    def value(t):
+        m, s, _, _ = net(x, t, tangent=False)
+        return torch.cat([m, s], -1)
+
+    m, s, dm, ds = net(x, t)
+    close(torch.cat([m, s], -1), value(t), 1e-14)
+    double = torch.autograd.functional.jvp(value, t, torch.ones_like(t), create_graph=True)[1]
+    forward = torch.func.jvp(value, (t,), (torch.ones_like(t),))[1]
+    for other in (double, forward):
+        close(torch.cat([dm, ds], -1), other, 1e-12)
+    v = torch.randn_like(double)
+    ours = torch.autograd.grad((torch.cat([dm, ds], -1) * v).sum(), list(net.parameters()), allow_unused=True)
+    theirs = torch.autograd.grad((double * v).sum(), list(net.parameters()), allow_unused=True)
+    for a, b in zip(ours, theirs):
+        close(a if a is not None else torch.zeros(1), b if b is not None else torch.zeros(1), 1e-11)
+
+
+def test_at_the_start_the_network_does_not_know_the_time():
+    model = small(randomise=False)
+    x, t, _ = draws(model)
+    m, s, dm, ds = model.process.net(x, t)
+    assert float(dm.abs().max()) == float(ds.abs().max()) == 0
+    assert torch.equal(m, model.process.net(x, (t + 0.1) % 1)[0])
+    assert torch.allclose(model.g2(t), torch.ones(3, 1, 1, dtype=torch.float64))        # g = 1
+
+
+def test_sde_sampler_with_the_oracle_has_the_marginals_of_the_process():
+    class Oracle(nn.Module):
+        def forward(self, z, t):
+            return self.x
+
+    model = small(net=Oracle(), stabilize=False, randomise=False, length=2, d_embed=2)
+    n = 4000
+    x = torch.tensor([[[1.0, -0.5], [0.3, 2.0]]], dtype=torch.float64).expand(n, 2, 2)
+    model.net.x = x
+    with torch.no_grad():
+        for i, (z, _) in enumerate(model.trajectory(torch.randn(n, 2, 2, dtype=torch.float64), 200, sampler="sde")):
+            if i in (99, 159):
+                mu, sigma, _, _ = model.process(x[:1], torch.tensor([1 - (i + 1) / 200], dtype=torch.float64))
+                error = (z.mean(0) - mu[0]).abs() / (sigma[0] / n**0.5)
+                assert error.max() < 6, error       # 5 sigma and the Euler bias
+                assert (z.std(0) / sigma[0] - 1).abs().max() < 0.08
+
+
+def test_every_parameter_learns_and_padding_or_rows_do_not_mix():
+    model = small(muon_lr=1e-3).train()
+    tokens = torch.randint(0, 7, (3, 6))
+    loss, metrics = model.loss(dict(tokens=tokens))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert all(not v.requires_grad and v.ndim == 0 for v in metrics.values())
+    groups = model.param_groups()
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    assert len(groups) == 3 and len(groups[2]["params"]) == 4
+    x, t, eps = draws(model)
+    a, b = model.diffusion(x, t, eps), model.diffusion(x[:1], t[:1], eps[:1])
+    close(a[:1], b, 1e-12)                          # jvp over t is per row only because rows do not mix
+
+
+def test_dropout_uses_one_mask_for_value_and_tangent():
+    h = torch.randn(4, 5, 6)
+    a, b = nfdm.d_dropout(h, 2 * h, 0.5)
+    assert torch.equal(2 * a, b) and (a == 0).any()
+
+
+def test_known_positions_are_kept_and_the_rest_is_sampled():
+    model = small(dtype=torch.float32)
+    known = torch.randint(0, 7, (5, 6))
+    mask = torch.tensor([True, True, False, False, True, False]).expand(5, 6)
+    seen = []
+    for sampler in ("marginal", "ode", "sde"):
+        out = model.sample(5, 6, 4, known=known, known_mask=mask, sampler=sampler, k=0.5, watch=lambda i, tok: seen.append((i, tok)))
+        assert torch.equal(out[mask], known[mask]) and out.shape == (5, 6)
+    assert [i for i, _ in seen] == [1, 2, 3, 4] * 3 and all(torch.equal(tok[mask], known[mask]) for _, tok in seen)
+
+
+def test_compiles_without_graph_breaks():
+    model = small(dtype=torch.float32)
+    x, t, _ = draws(model)
+    net = model.process.net
+    want = net(x, t)
+    for layer in [*net.layers, net.mean_head, net.logvar_head]:
+        layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    got = net(x, t)
+    got[2].sum().backward()
+    for a, b in zip(got, want):
+        close(a, b, 1e-5)
+
+
+# --- learning, bad input ---------------------------------------------------------------------------------
+
+
+def markov(V=4, L=4):
+    """Sticky chain over V symbols: exact entropy of a row in nats and a sampler of rows."""
+    P = torch.full((V, V), 0.3 / (V - 1)) + torch.eye(V) * (0.7 - 0.3 / (V - 1))
+    rate = -(P[0] * P[0].log()).sum()
+
+    def rows(n):
+        out = [torch.randint(0, V, (n,))]
+        for _ in range(L - 1):
+            out.append(torch.multinomial(P[out[-1]], 1)[:, 0])
+        return torch.stack(out, 1)
+
+    return float(math.log(V) + (L - 1) * rate), rows
+
+
+def fit(model, rows, steps, batch, lr):
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    for step in range(steps):
+        loss, _ = model.loss(dict(tokens=rows(batch)))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p is not model.times.logits], 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 30) * (1 - step / steps)
+        optimizer.step()
+
+
+def test_bound_falls_and_stays_above_the_entropy():
+    entropy, rows = markov()
+    torch.manual_seed(1)
+    model = small(dtype=torch.float32, randomise=False, vocab=4, length=4, d_model=32, n_layer=2, gate_init=0.5, cond_dim=32)
+    test = rows(512)
+    before = model.nll(test, n_times=8)["nll"]
+    fit(model, rows, 400, 64, 4e-3)
+    out = model.eval().nll(test, n_times=16)
+    after, error = out["nll"].mean(), out["nll"].std() / 512**0.5
+    assert after < 0.5 * before.mean() and after > entropy - 4 * error, (float(before.mean()), float(after), entropy)
+
+
+@pytest.mark.parametrize("keys", [dict(forward="circle"), dict(is_weights="both"), dict(volatility="markov"), dict(delta=0.0),
+                                  dict(rec_weight=-1.0), dict(fwd_heads=3), dict(objective="mse")])
+def test_bad_configuration_is_refused_in_one_line(keys):
+    with pytest.raises(common.UserError) as error:
+        small(**keys)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_input_is_refused_in_one_line():
+    model = small(dtype=torch.float32)
+    bad = torch.full((2, 6), 7)
+    for call in (lambda: model.loss(dict(tokens=bad)), lambda: model.nll(bad), lambda: model.sample(2, 9, 4),
+                 lambda: model.sample(2, 6, 4, sampler="heun"), lambda: model.sample(2, 6, 4, k=1.5), lambda: model.sample(2, 6, 0),
+                 lambda: model.nll(bad % 7, likelihood="exact")):
+        with pytest.raises(common.UserError) as error:
+            call()
+        assert "\n" not in str(error.value)
+    model.volatility.layers[6].bias.data.fill_(math.nan)
+    for call in (lambda: model.sample(2, 6, 4, sampler="sde"), lambda: model.nll(bad % 7)):
+        with pytest.raises(common.UserError, match="volatility"):
+            call()
+    assert model.sample(2, 6, 4).shape == (2, 6)    # marginal does without g
+    line = small(dtype=torch.float32, forward="line", volatility="markov")
+    with pytest.raises(common.UserError, match="markov"):
+        line.sample(2, 6, 4, sampler="sde")         # g is infinite where alpha = 0
+
+
+def test_presets_build():
+    for name, preset in nfdm.PRESETS.items():
+        keys = {f.name for f in dataclasses.fields(Config)}
+        assert set(preset) <= keys, (name, set(preset) - keys)
