@@ -668,6 +668,16 @@ def markov(V=8, L=6, seed=0, n=100_000):
     return corpus
 
 
+def newdiego(length=2, n=100_000):
+    """Two dependent tokens: New York .45, San Diego .45, New Diego .10. One factorised step cannot sample it (FLM)."""
+    if length != 2:
+        raise UserError(f"newdiego has rows of two tokens: --length=2, not {length}")
+    names, p = np.array([[0, 1], [2, 3], [0, 3]]), np.array([.45, .45, .10])
+    rows = {k: names[np.random.default_rng([11, s]).choice(3, m, p=p)] for k, m, s in (("train", n, 1), ("val", 4096, 2))}
+    return row_corpus("newdiego", Words("newdiego", ["New", "York", "San", "Diego"], None), rows,
+                      float(-(p * np.log(p)).sum()))
+
+
 def load(name, tokenizer="char", length=64, max_source=0, root="corpora"):
     """Corpus by name, file or folder. max_source: longest condition in tokens (0: half of length)."""
     if length < 1:
@@ -683,6 +693,8 @@ def load(name, tokenizer="char", length=64, max_source=0, root="corpora"):
         return grammar(length)
     if name == "reverse":
         return reverse_corpus(length, max_source)
+    if name == "newdiego":
+        return newdiego(length)
     if re.fullmatch(r"markov\d*", name):
         return markov(min(max(int(name[6:] or 8), 2), 60000), length)
     path = Path(name)
