@@ -190,7 +190,7 @@ def joint_root(W_teacher, W):
     """(M_T, M_S), each [2D, D]: one eps seen through both embeddings is xi M_T and xi M_S, xi ~ N(0, I_2D).
 
     Q = W_T C_T^-1 spans the teacher's columns; W = Q (Q^T W) + R splits the student's. The first D of xi
-    drive both networks, the rest only R, which is zero (no error) while the student has the teacher's embedding.
+    drive both networks, the rest only R, which is zero (no error) while the student has the teacher's W.
     """
     root = gram_root(W_teacher, W_teacher)
     Q = torch.linalg.solve_triangular(root, W_teacher, upper=True, left=False)
@@ -503,7 +503,7 @@ class FLM(nn.Module):
         """Forward-mode derivative of delta(h, tau_s, tau_t) along (dh [n, L, D], dtau_s, dtau_t).
 
         Returns (function: part -> (delta, d delta) [., V], u [n, L, D]). Only the trunk runs under func.jvp;
-        the head's part, dc = slope (du W^T) and d delta = delta (dc - sum delta dc), is formed with each chunk.
+        the head's part, dc = slope (du W^T) and d delta = delta (dc - sum delta dc), is made by chunks.
         """
         args = tuple(x.to(h.dtype) for x in (h, tau_s, tau_t))
         along = tuple((torch.zeros_like(a) + d).to(h.dtype) for a, d in zip(args, (dh, dtau_s, dtau_t)))
@@ -528,8 +528,8 @@ class FLM(nn.Module):
             if shapes[0] != shapes[1]:
                 raise data.UserError(f"teacher of another shape: {name} is {shapes[1]}, here {shapes[0]}")
         if (teacher.cfg.attn_softcap, teacher.cfg.logit_cap) != (self.cfg.attn_softcap, self.cfg.logit_cap):
-            raise data.UserError("teacher with other caps: it needs "
-                                 f"--attn_softcap={teacher.cfg.attn_softcap:g} --logit_cap={teacher.cfg.logit_cap:g}")
+            caps = f"--attn_softcap={teacher.cfg.attn_softcap:g} --logit_cap={teacher.cfg.logit_cap:g}"
+            raise data.UserError(f"the teacher has other caps: set {caps}")
         self._teacher = [teacher.eval().requires_grad_(False)]
         if fresh:
             with torch.no_grad():
