@@ -507,6 +507,47 @@ class Corpus:
         """Uniform noise over the vocabulary, [n, length]."""
         return torch.from_numpy(np.random.default_rng(seed).integers(0, self.vocab, (n, length)))
 
+    def known(self, n, length, prompt="", infill="", device=None):
+        """(known ids [n, length], mask [n, length]) of a prompt at the start, of the pieces of "a ___ b" spread over the
+        row, or of the first n validation sources of a corpus of pairs; (None, None) when nothing is given."""
+        if self.conditional and not (prompt or infill):
+            rows = self.rows("val", np.arange(n) % self.n_rows("val"))
+            return rows["tokens"].to(device), (torch.arange(length) < rows["cond_len"][:, None]).to(device)
+        if not (prompt or infill):
+            return None, None
+        pieces = [self.encode(p) for p in ([prompt, ""] if prompt else infill.split("___"))]
+        gaps, room = len(pieces) - 1, length - sum(map(len, pieces))
+        if gaps == 0:
+            raise UserError(f"--infill={infill!r} has no gap: mark it with ___")
+        if room < gaps:
+            raise UserError(f"the given text has {length - room} tokens; a row of {length} leaves no room for its gaps")
+        row, mask, at = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool), 0
+        for i, piece in enumerate(pieces):          # gap i takes its even share of the room
+            row[at:at + len(piece)], mask[at:at + len(piece)] = torch.tensor(piece, dtype=torch.int64), True
+            at += len(piece) + room * (i + 1) // gaps - room * i // gaps
+        return row.repeat(n, 1).to(device), mask.repeat(n, 1).to(device)
+
+    def sample_metrics(self, ids):
+        """({name: value}, printable lines) of samples [n, L]: the judge with the ends of its scale, entropy beside it."""
+        n, length = ids.shape
+        held_out = self.rows("val", np.arange(min(n, self.n_rows("val"))))["tokens"]
+        rows = {"samples": ids, "held-out text": held_out, "unigram text": self.unigram_sample(n, length),
+                "uniform noise": self.uniform_sample(n, length)}
+        table = {k: dict(judge_nll=float(self.judge().nll(v)), entropy=entropy(v), distinct2=distinct_n(v, 2))
+                 for k, v in rows.items()}
+        lines = ["".ljust(16) + "judge nats/token  entropy (nats)  distinct 2-grams"]
+        lines += [f"{k:16}{v['judge_nll']:16.3f}{v['entropy']:16.3f}{v['distinct2']:18.3f}" for k, v in table.items()]
+        train = self._fit_rows()
+        words = set(" ".join(self.decode(r) for r in train[:20_000]).split())
+        sampled = [w for r in ids.tolist() for w in self.decode(r).split()[1:-1]]       # the outer two may be cut
+        grams = set(_ngrams(train, 8))
+        own = _ngrams(ids, 8)
+        table["samples"].update(words_in_corpus=sum(w in words for w in sampled) / max(len(sampled), 1),
+                                copied_8grams=sum(g in grams for g in own) / max(len(own), 1))
+        lines.append(f"words found in the corpus {table['samples']['words_in_corpus']:.3f}, "
+                     f"8-grams copied from it {table['samples']['copied_8grams']:.3f}")
+        return table, lines
+
 
 # --- 4. built-in corpora and text of your own ---------------------------------------------------
 
