@@ -1,29 +1,29 @@
 """NFDM for text: embedding-space diffusion whose forward (noising) process is learned.
 
-Paper: "Towards Latent Diffusion Suitable For Text" (Midavaine, Naesseth, Bartosh; arXiv:2601.16220), built on "Neural Flow
-Diffusion Models" (arXiv:2404.12940). What is diffused: x = E[tokens], one De-wide vector per token. t = 0 is data, t = 1 noise.
+Paper: "Towards Latent Diffusion Suitable For Text" (Midavaine, Naesseth, Bartosh; arXiv:2601.16220), built on
+"Neural Flow Diffusion Models" (arXiv:2404.12940). Diffused: x = E[tokens], a De-wide vector per token. t = 0 is data.
 
-    forward   z_t = mu(x, t) + sigma(x, t) eps,   mu = (1-t) x + t(1-t) m(x, t),   log sigma = (1-t) ln delta + t(1-t) s(x, t)
-              m and s are a transformer over the whole sentence: every token, dimension and sentence has its own path, with
-              exact ends (mu = x, sigma = delta at 0; N(0, I) at 1, so the prior term of the bound is exactly 0).
-    training  x_hat = (1-t) z_t + (t + 0.01) net(z_t, t) is put in the place of x in the same process; the bound is
-              sum over tokens of CE at t = 0  +  E_t || drift(x) - drift(x_hat) ||^2 / (2 g(t)^2),
-              drift = d mu/dt + d sigma/dt eps + g^2 eps / (2 sigma).  m, s, net, E and g are trained on this one number.
-    sampling  z_1 ~ N(0, I); for t > s: x_hat, eps_hat = (z_t - mu(x_hat, t)) / sigma(x_hat, t), then
-              z_s = mu(x_hat, s) + sigma(x_hat, s) (sqrt(1-k) eps_hat + sqrt(k) n);  tokens = argmax(z_0 E^T + b).
+  forward   z_t = mu(x,t) + sigma(x,t) eps,  mu = (1-t) x + t(1-t) m(x,t),  log sigma = (1-t) ln delta + t(1-t) s(x,t).
+            m and s are a transformer over the sentence: each token, dimension and sentence has its own path, with
+            exact ends (mu = x, sigma = delta at 0; N(0, I) at 1, so the prior term of the bound is exactly 0).
+  training  x_hat = (1-t) z_t + (t + 0.01) net(z_t, t) takes the place of x in the same process; the bound is
+            sum over tokens of CE at t = 0  +  E_t || drift(x) - drift(x_hat) ||^2 / (2 g(t)^2),
+            drift = mu_dot + sigma_dot eps + g^2 eps / (2 sigma).  m, s, net, E, g are trained on this one number.
+  sampling  z_1 ~ N(0, I); t > s: x_hat, eps_hat = (z_t - mu(x_hat,t)) / sigma(x_hat,t), then
+            z_s = mu(x_hat,s) + sigma(x_hat,s) (sqrt(1-k) eps_hat + sqrt(k) n);  tokens = argmax(z_0 E^T + b).
 
-The time derivatives of m and s are carried forward as dual numbers (section 4): one pass, no double backward, and no fused
-layer norm, whose saved statistics are constants to autograd and make the gradients of this loss wrong without a warning.
+The time derivatives of m and s are carried as dual numbers (section 4): one pass, no double backward, and no fused
+layer norm, whose saved statistics are constants to autograd: the gradients of this loss would be wrong, silently.
 
-Differs from the paper: the predictor is the shared DiT (the paper: a BERT-base trained from scratch; `net=` takes any module);
-g = 1 at the start (theirs is a lottery); times are stratified. Differs from the official code: importance weights belong to
-their own samples (--is_weights=as_coded restores theirs), the bound sums reconstruction over tokens (theirs: the mean).
-Not here: the older NFDM-G network, MuLAN's VAE context, the `rescaled` second stage. The paper's full text was not available:
-the sources are the official code, its notebooks and the base paper.
+Differs from the paper: the predictor is the shared DiT (theirs: a BERT-base trained from scratch; `net=` takes any
+module); g = 1 at the start (theirs is a lottery); times are stratified. Differs from the official code: importance
+weights meet their own samples (--is_weights=as_coded restores theirs), the bound sums reconstruction over tokens
+(theirs: the mean). Not here: the older NFDM-G network, MuLAN's VAE context, the `rescaled` second stage. The paper's
+full text was not available: the sources are the official code, its notebooks and the base paper.
 
-    python nfdm.py                                         # train `tiny`, end with the bound and samples
-    python nfdm.py --forward=frozen                        # the same with a fixed process: frozen, line, sqrt, vdm, mulan
-    python nfdm.py sample --steps=64 --prompt="The "       # hold a prefix; --k=0 is deterministic, --sampler=ode|sde
+    python nfdm.py                                   # train `tiny`, end with the bound and samples
+    python nfdm.py --forward=frozen                  # a fixed process instead: frozen, line, sqrt, vdm, mulan
+    python nfdm.py sample --steps=64 --prompt="The " # hold a prefix; --k=0 is deterministic, --sampler=ode|sde
 """
 import dataclasses
 import math
@@ -39,7 +39,7 @@ from common import UserError, bc
 # --- 1. configuration and presets ------------------------------------------------------------------
 
 FORWARD = ("learned", "frozen", "line", "sqrt", "vdm", "mulan")
-STABILIZER = 0.01                   # x_hat keeps a share of the network at t = 0 (official code, `stabilize: true`)
+STABILIZER = 0.01                   # share of the network in x_hat at t = 0 (official code, `stabilize: true`)
 
 
 @dataclasses.dataclass
@@ -52,41 +52,46 @@ class Config(common.Config):
     fwd_heads: int = 8              # its attention heads
     fwd_mlp: int = 1024             # hidden width of its MLPs
     fwd_dropout: float = 0.01       # its dropout
-    volatility: str = "auto"        # g(t): learned, markov or static; auto = learned, but markov for sqrt, vdm, mulan
+    volatility: str = "auto"        # g(t): learned, markov, static; auto = learned, markov for sqrt, vdm, mulan
     stabilize: bool = True          # x_hat = (1-t) z + (t+0.01) net(z, t); false: x_hat = net(z, t)
     objective: str = "elbo"         # diffusion term: elbo, or x0 = (x - x_hat)^2 (Diffusion-LM)
     buckets: int = 100              # equal buckets of the learned density of training times
     is_weights: str = "paired"      # importance weights: paired (unbiased) or as_coded (official broadcast)
-    rec_weight: Optional[float] = None  # reconstruction against the true bound, 1 = the bound; none = d_embed, as published
-    muon_lr: float = 0.0            # Muon's learning rate for the predictor's weight matrices; 0 = Adam for all
+    rec_weight: Optional[float] = None  # reconstruction's weight, 1 = the true bound; none = d_embed, as published
+    muon_lr: float = 0.0            # Muon's learning rate for the predictor's matrices; 0 = Adam for all
 
 
-# The trunk of roc has BERT-base's size. Published: clip 0.3 after 20k batches, Adam eps 1e-8, no weight decay, float32 (TF32).
-_roc = dict(data="roc", length=64, d_embed=128, d_model=768, n_layer=12, n_head=12, cond_dim=128, dropout=0.1, batch=512,
-            steps=800_000, lr=1e-4, muon_lr=2e-3, warmup=10_000, lr_schedule="linear", clip=0.3, clip_from=20_000,
-            ema=0.9999, ema_warmup=False, val_every=5_000, save_every=5_000, sample_every=20_000, log_every=100)
-_small = dict(d_embed=16, fwd_dim=32, fwd_layers=2, fwd_heads=2, fwd_mlp=64, fwd_dropout=0.0)
+# Published, but for the trunk (BERT-base's size here): NFDM-G-AdaLN. Theirs decays by 1 - step / total and so drops by
+# 1.25% where the warm-up ends; precision was float32 with TF32.
+_roc = dict(data="roc", length=64, d_embed=128, d_model=768, n_layer=12, n_head=12, cond_dim=128, dropout=0.1,
+            batch=512, steps=800_000, lr=1e-4, muon_lr=2e-3, warmup=10_000, lr_schedule="linear", clip=0.3,
+            clip_from=20_000, ema=0.9999, ema_warmup=False, log_every=100, val_every=5_000, save_every=5_000,
+            sample_every=20_000)
+_small = dict(d_embed=16, fwd_dim=32, fwd_layers=2, fwd_heads=2, fwd_mlp=64, fwd_dropout=0.0, length=64, d_model=64,
+              n_layer=3, n_head=4, cond_dim=64, gate_init=0.5, batch=32, lr=2e-3, warmup=100, lr_schedule="linear",
+              ema=0.998)
 PRESETS = {
-    "tiny": dict(_small, length=64, d_model=64, n_layer=3, n_head=4, cond_dim=64, gate_init=0.5, batch=32, steps=1600,
-                 lr=2e-3, warmup=100, lr_schedule="linear", clip=1.0, ema=0.998),
+    "tiny": dict(_small, steps=1600),
     "roc": _roc,
-    # Not published: the authors' text8 (BPE, windows of 28) was never run; shared text8 protocol, networks of roc.
+    # Not published (their BPE text8 in windows of 28 was never run): the common text8 protocol, the networks of roc.
     "text8": dict(_roc, data="text8", tokenizer="char", length=256, steps=1_000_000),
-    "bench10-cpu": dict(_small, length=64, d_model=64, n_layer=3, n_head=4, cond_dim=64, gate_init=0.5, batch=32, steps=2500,
-                        lr=2e-3, warmup=100, lr_schedule="linear", ema=0.998),
-    "bench10": dict(data="wikitext103", tokenizer="gpt2", length=256, d_embed=128, fwd_layers=3, d_model=384, n_layer=6,
-                    n_head=6, cond_dim=128, batch=64, steps=8000, lr=3e-4, muon_lr=2e-3, warmup=500,
-                    lr_schedule="linear", ema=0.999),
+    # A Markov source of known entropy, nats per token of 6: learned against frozen and line at --steps=16000.
+    "toy": dict(_small, data="markov8", length=6, d_embed=4, d_model=64, n_layer=3, batch=256, steps=4000,
+                rec_weight=16.0),
+    "bench10-cpu": dict(_small, steps=2500),
+    "bench10": dict(data="wikitext103", tokenizer="gpt2", length=256, fwd_layers=3, d_model=384, n_layer=6, n_head=6,
+                    cond_dim=128, batch=64, steps=8000, lr=3e-4, muon_lr=2e-3, warmup=500, lr_schedule="linear",
+                    ema=0.999),
 }
 
 
 # --- 2. fixed forward processes --------------------------------------------------------------------
-# One interface for all six: process(x [B,L,De], t [B] or [1]) -> (mu, sigma, d mu/dt, d sigma/dt), each broadcastable to x;
+# One interface for all six: process(x [B,L,De], t [B] or [1]) -> (mu, sigma, mu_dot, sigma_dot), broadcastable to x;
 # start(x) -> (mu, sigma) at t = 0; prior(x) [B] = KL(q(z_1|x) || N(0,I)) in nats. The loss knows nothing else.
 
 
 class Fixed(nn.Module):
-    """z_t = alpha(t) x + sigma(t) eps. A subclass gives schedule(t) -> (alpha, sigma, alpha_dot, sigma_dot), t [B,1,1]."""
+    """z_t = alpha(t) x + sigma(t) eps; a subclass gives schedule(t [B,1,1]) -> alpha, sigma and their derivatives."""
 
     def forward(self, x, t, tangent=True):
         alpha, sigma, alpha_dot, sigma_dot = self.schedule(bc(t))
@@ -100,7 +105,7 @@ class Fixed(nn.Module):
         return 0.5 * (mu**2 + sigma**2 - 1 - 2 * sigma.log()).sum((1, 2))
 
     def markov_g2(self, t):
-        """g^2 [B,1,1] (MuLAN: [B,L,1]) that makes the forward SDE Markov: 2 sigma sigma' - 2 sigma^2 alpha'/alpha."""
+        """g^2 [B,1,1] (MuLAN [B,L,1]) of a Markov forward SDE: 2 sigma sigma_dot - 2 sigma^2 alpha_dot / alpha."""
         alpha, sigma, alpha_dot, sigma_dot = self.schedule(bc(t))
         return 2 * sigma * sigma_dot - 2 * sigma**2 * alpha_dot / alpha
 
@@ -143,7 +148,7 @@ class VariancePreserving(Fixed):
 
 
 class VDM(VariancePreserving):
-    """One scalar monotone network gamma(t) (VDM): l + W3 sigmoid(W2 l + b2), l = W1 t + b1, weights through softplus."""
+    """One scalar monotone gamma(t) (VDM): l + W3 sigmoid(W2 l + b2), l = W1 t + b1, weights through softplus."""
 
     def __init__(self, gamma_0=-10.0, gamma_1=10.0, hidden=1024):
         super().__init__()
@@ -164,9 +169,9 @@ class VDM(VariancePreserving):
 
 
 class MuLAN(VariancePreserving):
-    """A gamma for every position (MuLAN without its VAE context): fifth-degree monotone polynomials scaled to the ends.
+    """A gamma per position (MuLAN without its VAE context): monotone fifth-degree polynomials, [B,1,1] -> [B,L,1].
 
-    The official derivative leaves out the 1e-3 t of the polynomial; `as_coded` gives theirs. [B,1,1] -> [B,L,1].
+    The official derivative leaves out the ridge of the polynomial; `as_coded` gives theirs, for comparison.
     """
 
     def __init__(self, length, gamma_0=-10.0, gamma_1=10.0, as_coded=False):
@@ -181,11 +186,14 @@ class MuLAN(VariancePreserving):
         a, b, c, t = a[:, None], b[:, None], c[:, None], t.expand(-1, len(a), 1)      # [L,1], t [B,L,1]
         span, ridge = self.ends[1] - self.ends[0], 1e-3
 
-        def P(t):
-            return a * a * t**5 / 5 + (b * b + 2 * a * c) * t**3 / 3 + a * b * t**4 / 2 + b * c * t**2 + (c * c + ridge) * t
+        def P(t):                   # integral of (a t^2 + b t + c)^2 + ridge
+            return (a * a * t**5 / 5 + a * b * t**4 / 2 + (b * b + 2 * a * c) * t**3 / 3 + b * c * t**2
+                    + (c * c + ridge) * t)
 
         slope, total = (a * t**2 + b * t + c) ** 2, P(torch.ones_like(a))
-        dot = (span * slope / (total - ridge)).clamp(min=1e-3) if self.as_coded else span * (slope + ridge) / total
+        dot = span * (slope + ridge) / total
+        if self.as_coded:
+            dot = (span * slope / (total - ridge)).clamp(min=1e-3)
         return self.ends[0] + span * P(t) / total, dot
 
 
@@ -195,8 +203,8 @@ class MuLAN(VariancePreserving):
 class Volatility(nn.Module):
     """g(t) = softplus(MLP(t)), one scalar for all positions and dimensions; returns g^2 [B,1,1].
 
-    Differs from the paper: the last layer starts at 0 with g = 1. Its init gave g(0.5) = 0.03 or 0.9 by seed, and the loss
-    goes with 1 / g^2.
+    differs from the paper: the last layer starts at 0, with g = 1. Its init gave g(0.5) = 0.03 or 0.9 by seed, and
+    the loss goes with 1 / g^2.
     """
 
     def __init__(self, hidden=64):
@@ -221,7 +229,7 @@ def static_g2(t):
 class TimeSampler(nn.Module):
     """Piecewise constant density of training times: pi = softmax(logits), p(t) = n pi[bucket of t].
 
-    Trained by the second moment of the estimator, mean((d/p)^2) with d held fixed; its fixed point is p(t) ~ sqrt(E d^2 | t).
+    Trained by the second moment of the estimator, mean((d/p)^2) with d held fixed: at rest p(t) ~ sqrt(E[d^2 | t]).
     """
 
     def __init__(self, buckets=100):
@@ -234,7 +242,7 @@ class TimeSampler(nn.Module):
 
     @torch.no_grad()
     def draw(self, u):
-        """Inverse of the distribution function: stratified u [B] in (0,1) float64 -> stratified t [B] in (0,1)."""
+        """Inverse distribution function: stratified u [B] in (0,1), float64 -> stratified t [B] in (0,1)."""
         pi = self.logits.double().softmax(0)
         cdf = pi.cumsum(0)
         i = torch.searchsorted(cdf, u.contiguous()).clamp(max=len(pi) - 1)
@@ -243,12 +251,13 @@ class TimeSampler(nn.Module):
 
 # --- 4. the forward net, in dual numbers -----------------------------------------------------------
 # A dual number is a pair (h, dh): a value and its derivative in t; dh = None is an exact zero that costs nothing. Each
-# operation maps pair to pair, so one pass gives m, s and their time derivatives, and ordinary backward differentiates both.
-# Elementwise functions and softmax have symmetric Jacobians: their (twice differentiable) fused backward kernels ARE the tangents.
+# operation maps pair to pair: one pass gives m, s and their time derivatives, and ordinary backward differentiates both.
+# Elementwise functions and softmax have symmetric Jacobians, so their fused, differentiable backward kernels ARE the
+# tangents. At the published width forward + backward costs 0.81x of the official double backward, 0.63x without grad.
 #
-# The norm must be written out. Anything that takes the derivative through a fused layer norm reuses its saved mean and 1/std,
-# and autograd treats those as constants: values and tangents come out right, the gradients of the weights do not
-# (0.06 to 0.8 relative, pytorch issue 175754). The same holds for double backward, the official route.
+# The norm must be written out. A derivative taken through a fused layer norm reuses its saved mean and 1/std, which
+# autograd treats as constants: values and tangents come out right, the gradients of the weights do not (0.06 to 0.8
+# relative, pytorch issue 175754). Double backward, the official route, has the same defect.
 
 _aten = torch.ops.aten
 
@@ -310,15 +319,16 @@ def d_chunk(y, dy, n):
 
 
 def d_time_features(t, n, tangent):
-    """cos, sin of 1000 t f_k with f_k = 10000^(-2k/n), and their derivatives; [B] -> [B, n]; an odd n ends in a zero."""
-    omega = 1000 * torch.exp(-math.log(10000) / (n // 2) * torch.arange(n // 2, device=t.device, dtype=torch.float64))
+    """cos, sin of 1000 t f_k with f_k = 10000^(-2k/n), and their derivatives; [B] -> [B, n], an odd n ends in 0."""
+    k = torch.arange(n // 2, device=t.device, dtype=torch.float64)
+    omega = 1000 * torch.exp(-math.log(10000) / (n // 2) * k)
     cos, sin = (t[:, None] * omega).cos(), (t[:, None] * omega).sin()       # float64: angles reach 1000
     value, slope = torch.cat([cos, sin], -1), torch.cat([-omega * sin, omega * cos], -1)
     return F.pad(value, (0, n % 2)).to(t.dtype), F.pad(slope, (0, n % 2)).to(t.dtype) if tangent else None
 
 
 class ForwardBlock(nn.Module):
-    """Pre-norm transformer block without gates; shift and scale of its norms come from silu(time), zero at the start."""
+    """Pre-norm block without gates; shift and scale of its norms come from silu(time) and are zero at the start."""
     compile_me = True
 
     def __init__(self, H, n_head, mlp, dropout):
@@ -338,8 +348,8 @@ class ForwardBlock(nn.Module):
         def merge(y):
             return y.transpose(1, 2).flatten(2)
 
-        W, b, root = self.attn.in_proj_weight, self.attn.in_proj_bias, (h.shape[-1] // self.n_head) ** -0.5
-        q, k, v = heads(F.linear(h, W, b))
+        W, root = self.attn.in_proj_weight, (h.shape[-1] // self.n_head) ** -0.5
+        q, k, v = heads(F.linear(h, W, self.attn.in_proj_bias))
         q = q * root
         scores, dscores = q @ k.mT, None
         if dh is not None:
@@ -382,12 +392,12 @@ class Head(nn.Module):
 
 
 class ForwardNet(nn.Module):
-    """m(x, t) and s(x, t) [B,L,De] with their time derivatives (published AdaLN net of NFDM-G-AdaLN, section names theirs)."""
+    """m(x, t) and s(x, t) [B,L,De] with their time derivatives: the network of NFDM-G-AdaLN, parameter names theirs."""
 
     def __init__(self, d_embed, length, H, n_layer, n_head, mlp, dropout):
         super().__init__()
         if H % n_head:
-            raise UserError(f"fwd_dim={H} is not a multiple of fwd_heads={n_head}: change --fwd_dim or --fwd_heads")
+            raise UserError(f"--fwd_dim={H} is not a multiple of --fwd_heads={n_head}: change one of them")
         self.dropout = dropout
         self.input_proj = nn.Sequential(nn.Linear(d_embed, H), nn.Tanh(), nn.Linear(H, H))
         self.time_embed = nn.Sequential(nn.Linear(d_embed, 4 * H), nn.SiLU(), nn.Linear(4 * H, 4 * H))
@@ -397,20 +407,21 @@ class ForwardNet(nn.Module):
         self.mean_head, self.logvar_head = Head(H, d_embed), Head(H, d_embed)
 
     def forward(self, x, t, tangent=True):
-        """x [B,L,De], t [B] (or [1]: the time path then runs once) -> m, s, dm/dt, ds/dt; tangents None if not asked for."""
+        """x [B,L,De], t [B] (or [1]: the time path runs once) -> m, s, dm/dt, ds/dt; None, None without `tangent`."""
         te, dte = d_time_features(t, x.shape[-1], tangent)
         te, dte = d_linear(self.time_embed[2], *d_silu(*d_linear(self.time_embed[0], te, dte)))
         ae, dae = d_silu(te, dte)
-        h, dh = self.layer_norm(self.input_proj(x) + self.position_embeddings.weight[:x.shape[1]]), None
-        h = F.dropout(h, self.dropout, self.training)
+        h = self.layer_norm(self.input_proj(x) + self.position_embeddings.weight[:x.shape[1]])
+        h, dh = F.dropout(h, self.dropout, self.training), None
         for layer in self.layers:
             h, dh = layer(h, dh, ae, dae)
-        (m, dm), (s, ds) = self.mean_head(h, dh, te, dte), self.logvar_head(h, dh, te, dte)
+        m, dm = self.mean_head(h, dh, te, dte)
+        s, ds = self.logvar_head(h, dh, te, dte)        # a log standard deviation, whatever its published name
         return m, s, dm, ds
 
 
 class Learned(nn.Module):
-    """mu = (1-t) x + t(1-t) m(x,t), log sigma = (1-t) ln delta + t(1-t) s(x,t) (NFDM, Gaussian form; delta 0.1 for text)."""
+    """mu = (1-t) x + t(1-t) m(x,t), log sigma = (1-t) ln delta + t(1-t) s(x,t) (NFDM, Gaussian form)."""
 
     def __init__(self, delta, net):
         super().__init__()
@@ -459,8 +470,8 @@ def diffusion_element(eps, path, z, path_hat, g2):
 
 
 def importance_weighted(d, p, is_weights, mean_inverse_p):
-    """Mean of d [B] over t ~ p. paired: mean(d / p), unbiased. as_coded: the official [B] / [B,1,1] broadcast, which is
-    mean(d) * mean(1/p) and in effect trains on t ~ p without correction. No gradient reaches p from here."""
+    """Mean of d [B] over t ~ p, without gradient to p. paired: mean(d / p), unbiased. as_coded: the official code divides
+    [B] by [B,1,1], which broadcasts to mean(d) * mean(1/p): in effect it trains on t ~ p without correction."""
     return (d / p.detach()).mean() if is_weights == "paired" else d.mean() * mean_inverse_p.detach()
 
 
@@ -474,7 +485,7 @@ def nearest_rows(x, E):
 
 
 class Predictor(nn.Module):
-    """net(z [B,L,De], t [B]) -> [B,L,De]: the published tanh input projection around the shared DiT, time times 1000."""
+    """net(z [B,L,De], t [B]) -> [B,L,De]: the published tanh input projection, then the shared DiT; time times 1000."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -495,23 +506,23 @@ class NFDM(nn.Module):
                              ("is_weights", ("paired", "as_coded")), ("objective", ("elbo", "x0"))):
             if getattr(cfg, key) not in allowed:
                 raise UserError(f"--{key}={getattr(cfg, key)} is not one of {', '.join(allowed)}")
-        if not 0 < cfg.delta < 1:
-            raise UserError(f"--delta={cfg.delta} must lie between 0 and 1")
-        if cfg.rec_weight is not None and cfg.rec_weight < 0:
-            raise UserError(f"--rec_weight={cfg.rec_weight} must not be negative")
-        self.cfg = cfg
+        if not 0 < cfg.delta < 1 or (cfg.rec_weight or 0) < 0:
+            raise UserError(f"--delta={cfg.delta} --rec_weight={cfg.rec_weight}: delta in (0, 1), the weight not negative")
+        self.cfg, length = cfg, cfg.length
         self.rec_weight = cfg.d_embed if cfg.rec_weight is None else cfg.rec_weight
         self.embedding = nn.Embedding(cfg.vocab, cfg.d_embed)       # N(0,1), used raw; also the decoder's matrix
         self.bias = nn.Parameter(torch.empty(cfg.vocab).uniform_(-1, 1) * cfg.d_embed**-0.5)
-        self.process = {"frozen": lambda: Frozen(cfg.delta), "line": lambda: Line(cfg.delta), "sqrt": Sqrt, "vdm": VDM,
-                        "mulan": lambda: MuLAN(cfg.length), "learned": lambda: Learned(cfg.delta, ForwardNet(
-                            cfg.d_embed, cfg.length, cfg.fwd_dim, cfg.fwd_layers, cfg.fwd_heads, cfg.fwd_mlp,
-                            cfg.fwd_dropout))}[cfg.forward]()
+        if cfg.forward == "learned":
+            net_f = ForwardNet(cfg.d_embed, length, cfg.fwd_dim, cfg.fwd_layers, cfg.fwd_heads, cfg.fwd_mlp, cfg.fwd_dropout)
+            self.process = Learned(cfg.delta, net_f)
+        else:
+            self.process = {"frozen": lambda: Frozen(cfg.delta), "line": lambda: Line(cfg.delta), "sqrt": Sqrt,
+                            "vdm": VDM, "mulan": lambda: MuLAN(length)}[cfg.forward]()
         self.kind = cfg.volatility
         if self.kind == "auto":
             self.kind = "markov" if cfg.forward in ("sqrt", "vdm", "mulan") else "learned"
         if self.kind == "markov" and cfg.forward == "learned":
-            raise UserError("--volatility=markov needs a fixed process: a learned one has no closed form; use learned or static")
+            raise UserError("--volatility=markov has no closed form for a learned process: use learned or static")
         if self.kind == "learned":
             self.volatility = Volatility()
         self.times = TimeSampler(cfg.buckets)
@@ -524,9 +535,9 @@ class NFDM(nn.Module):
         return static_g2(t) if self.kind == "static" else self.process.markov_g2(t)
 
     def embed(self, tokens):
-        """x = E[tokens] [B,L,De]. On a GPU the check would wait for the device; data.py has made it when opening the file."""
+        """x = E[tokens] [B,L,De]. The check would wait for a GPU; there data.py has made it when opening the file."""
         if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.bias):
-            raise UserError(f"token id {int(tokens.max())} outside the model's vocabulary of {len(self.bias)}: "
+            raise UserError(f"token id {int(tokens.max())} is outside the model's vocabulary of {len(self.bias)}: "
                             "the corpus has more symbols than its file says, or another tokenizer")
         return self.embedding(tokens)
 
@@ -550,11 +561,11 @@ class NFDM(nn.Module):
         return diffusion_element(eps, path, z, self.process(x_hat, t), self.g2(t))
 
     def loss(self, batch, t=None, noise=None):
-        """Training objective (published scale): mean over positions AND dimensions of the diffusion term + rec_weight / De
-        times the mean reconstruction + the sampler's second moment. t [B]; noise = (eps, eps0), both [B,L,De].
+        """Objective on the published scale: mean over positions AND dimensions of the diffusion term, + rec_weight / De
+        times the mean reconstruction, + the sampler's second moment. t [B]; noise = (eps, eps0), both [B,L,De].
 
-        Against the bound in nats per position (times De) the published objective counts reconstruction De times: that is
-        what keeps the embeddings from shrinking into a decoder that knows only unigrams. PAD is diffused and scored as any token.
+        The published rec_weight = De counts reconstruction De times against the bound: that keeps the embeddings from
+        shrinking until the decoder knows unigrams only. PAD is diffused and scored like any token.
         """
         tokens = batch["tokens"]
         B, L = tokens.shape
@@ -569,29 +580,25 @@ class NFDM(nn.Module):
         d = self.diffusion(x, t, eps, self.cfg.objective).mean((1, 2))                # [B]
         rec, nll = self.reconstruction(x, tokens, eps0, x.new_full((B, L), 1 / (B * L)))
         # 3. importance weights; the last term trains only the sampler
-        if self.cfg.is_weights == "as_coded" and rows is not None:                    # a product of means: global, not local
-            every = dataclasses.replace(rows, first=0, n_local=rows.n_global)
-            mean_inverse_p = (1 / self.times.density(self.times.draw(every.uniform(device=x.device)))).mean()
-        else:
-            mean_inverse_p = (1 / p).mean()
+        mean_inverse_p = (1 / p).mean()
+        if self.cfg.is_weights == "as_coded" and rows is not None:      # a product of means: of the GLOBAL batch
+            u = dataclasses.replace(rows, first=0, n_local=rows.n_global).uniform(device=x.device)
+            mean_inverse_p = (1 / self.times.density(self.times.draw(u))).mean()
         diff = importance_weighted(d, p, self.cfg.is_weights, mean_inverse_p)
-        moment = ((d.detach() / p) ** 2).mean()
-        loss = diff + self.rec_weight / x.shape[-1] * rec + moment
-        diff_nats = (d / p).detach().mean() * x.shape[-1]                             # nats per position
-        rec_nats = nll.mean()
-        return loss, dict(diff=diff_nats, rec=rec_nats, bound=diff_nats + rec_nats,
-                          collapse=rec_nats / max(self.cfg.unigram_entropy, 1e-8))
+        loss = diff + self.rec_weight / x.shape[-1] * rec + ((d.detach() / p) ** 2).mean()
+        rec = nll.mean()                # collapse near 1: the decoder knows no more than unigrams
+        return loss, dict(diff=(d / p).detach().mean() * x.shape[-1], rec=rec,
+                          collapse=rec / max(self.cfg.unigram_entropy, 1e-8))
 
     def param_groups(self):
         """Muon on the attention and MLP matrices of the predictor's blocks, Adam on the rest (official NFDM runs).
 
-        The sampler's gradient is clipped by itself: it scales with d^2 and would shrink every other step when a batch is
-        unlucky. Differs from the official code, where it enters the common norm; as_coded keeps that.
+        differs from the official code: the sampler's gradient goes with d^2 and is clipped by itself, where theirs
+        shrinks everyone's step when a batch is unlucky (as_coded keeps that); Q, K and V are one matrix to Muon.
         """
         clip = "main" if self.cfg.is_weights == "as_coded" else "sampler"
-        muon = []
-        if self.cfg.muon_lr:        # Q, K and V are one matrix here; the official code orthogonalises them one by one
-            muon = [p for name, p in self.net.named_parameters() if "blocks." in name and p.ndim == 2 and "adaLN" not in name]
+        muon = [p for name, p in self.net.named_parameters()
+                if self.cfg.muon_lr and "blocks." in name and p.ndim == 2 and "adaLN" not in name]
         taken = {id(p) for p in muon} | {id(self.times.logits)}
         groups = [dict(params=[p for p in self.parameters() if id(p) not in taken], lr=self.cfg.lr),
                   dict(params=[self.times.logits], lr=self.cfg.lr, weight_decay=0.0, clip=clip)]
@@ -600,15 +607,25 @@ class NFDM(nn.Module):
                                ns_dtype=torch.bfloat16, eps=1e-7, weight_decay=0.0))
         return groups
 
+    def flops_per_token(self, train):
+        """Predictor and decoder (3x in training), and the forward net's passes with their counted cost: two dual ones in
+        training (6.04x a plain forward each), one plain a `marginal` step."""
+        c, H = self.cfg, self.cfg.fwd_dim
+        net = common.trunk_flops(c.d_model, c.n_layer, c.length, c.mlp_ratio) + 2 * c.d_model * (c.d_model + 2 * c.d_embed)
+        forward = 2 * (3 * c.d_embed * H + 3 * H * H) + c.fwd_layers * (8 * H * H + 4 * H * c.fwd_mlp + 4 * c.length * H)
+        if c.forward != "learned":
+            forward = 0
+        return 3 * (net + 2 * c.vocab * c.d_embed) + 2 * 6.04 * forward if train else net + forward
+
     # --- 7. likelihood -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def nll(self, tokens, mask=None, likelihood="sde", n_times=8, ode_steps=32, probes=1):
-        """Upper bounds on -log P(tokens) in nats per sequence [B], summed over all positions (PAD is a token of this model).
+        """Upper bound on -log P(tokens), nats per sequence [B], over all positions (PAD is a token of this model).
 
         sde: reconstruction + prior + diffusion at `n_times` stratified times t = (k + u) / K.
-        ode: -log p(tokens|z_0) + log q(z_0|x) - log p_ODE(z_0) at one z_0, Runge-Kutta 4 in `ode_steps` steps; `probes`
-        Rademacher vectors estimate the divergence, 0 = exact (L De backward passes).
+        ode: -log p(tokens|z_0) + log q(z_0|x) - log p_ODE(z_0) at one z_0, Runge-Kutta 4 in `ode_steps` steps; the
+        divergence by `probes` Rademacher vectors, 0 = exact (L De backward passes).
         """
         if likelihood not in ("sde", "ode"):
             raise UserError(f"--likelihood={likelihood} is not one of sde, ode")
@@ -630,8 +647,8 @@ class NFDM(nn.Module):
         return dict(nll=rec + diff + prior, rec=rec, diff=diff, prior=prior)
 
     def clean(self, z, t, hold=None, clamp=False):
-        """The estimate the samplers use: x_hat(z, t), optionally rounded to its nearest embedding; hold = (x, mask [B,L,1])
-        puts in the clean vectors of known tokens. The process then sees them too, so mu and sigma of the rest take them in."""
+        """The samplers' x_hat(z, t), rounded to its nearest embedding if `clamp`; hold = (x, mask [B,L,1]) puts in the
+        clean vectors of known tokens, which the process sees too: mu and sigma of the other positions follow them."""
         x_hat = self.predict(z, t)
         if clamp:
             x_hat = nearest_rows(x_hat, self.embedding.weight)
@@ -640,15 +657,16 @@ class NFDM(nn.Module):
     def log_density(self, z, steps, t_min=0.0, probes=0):
         """log p_ODE(z) [B] of a latent at t_min: integrate dz/dt = f with its divergence to t = 1, classical RK4."""
         n = z[0].numel()
-        vs = [torch.randint(0, 2, z.shape, device=z.device).to(z.dtype) * 2 - 1 for _ in range(probes)] or [
-            F.one_hot(torch.full((len(z),), i, device=z.device), n).view(z.shape).to(z.dtype) for i in range(n)]
+        vs = [torch.randint(0, 2, z.shape, device=z.device).to(z.dtype) * 2 - 1 for _ in range(probes)]
+        if not probes:
+            vs = torch.eye(n, device=z.device, dtype=z.dtype).view(n, 1, *z.shape[1:])
 
-        def field(z, t):            # (f, div f): sums of v^T J v over one-hot v, or their mean over Rademacher v
+        def field(z, t):            # f and div f: the sum of v^T J v over unit vectors v, its mean over Rademacher v
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
                 time = z.new_full((1,), t)
                 f, _ = velocity(z, self.process(self.clean(z, time), time))
-                div = sum((v * torch.autograd.grad(f, z, v, retain_graph=True)[0]).sum((1, 2)) for v in vs)
+                div = sum((v * torch.autograd.grad(f, z, v.expand_as(f), retain_graph=True)[0]).sum((1, 2)) for v in vs)
             return f.detach(), div / max(1, probes)
 
         log_det, h = z.new_zeros(len(z)), (1 - t_min) / steps
@@ -658,7 +676,8 @@ class NFDM(nn.Module):
             k2, d2 = field(z + h / 2 * k1, t + h / 2)
             k3, d3 = field(z + h / 2 * k2, t + h / 2)
             k4, d4 = field(z + h * k3, t + h)
-            z, log_det = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), log_det + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
+            z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+            log_det = log_det + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
         return log_det - 0.5 * (z**2).sum((1, 2)) - 0.5 * n * math.log(2 * math.pi)
 
     # --- 8. samplers -------------------------------------------------------------------------------
@@ -666,15 +685,15 @@ class NFDM(nn.Module):
     def require_finite_volatility(self, t):
         g2 = self.g2(t)
         if not bool((torch.isfinite(g2) & (g2 > 0)).all()):
-            raise UserError(f"the volatility g(t) is not finite and positive in t = {float(t.min()):.3g} .. {float(t.max()):.3g}: "
-                            "the run has diverged, or this markov process ends at alpha = 0 (--sampler=ode|marginal do without g)")
+            raise UserError(f"volatility g(t) not finite and positive in t = {float(t.min()):.3g} .. {float(t.max()):.3g}: the "
+                            "run has diverged, or a markov g ends at alpha = 0 (--sampler=ode|marginal need no g)")
 
     def step(self, z, t, s, noise, sampler="marginal", k=1.0, hold=None, clamp=False):
         """One step from z_t to z_s, 1 >= t > s >= 0 (floats), noise like z. Returns (z_s, x_hat).
 
-        ode: Euler on f.  sde: Euler-Maruyama on the backward drift.  marginal (DDIM family): x_hat noised to time s with a
-        share k of fresh noise; k = 0 is deterministic, k = 1 all fresh and needs the process at s only. Its last state is
-        the mean at s = 0; after ode and sde the decoder handles what is left of the noise.
+        ode: Euler on f.  sde: Euler-Maruyama on the backward drift.  marginal (DDIM family): x_hat noised to time s with
+        a share k of fresh noise; k = 0 is deterministic, k = 1 (published) all fresh and needs the process at s only.
+        It ends in the mean at s = 0; after ode and sde the decoder handles what is left of the noise.
         """
         time = z.new_full((1,), t)
         x_hat = self.clean(z, time, hold, clamp)
@@ -704,9 +723,9 @@ class NFDM(nn.Module):
     def sample(self, n, length, steps, known=None, known_mask=None, watch=None, sampler="marginal", k=1.0, clamp=False):
         """Token ids [n, length]: argmax of the decoder at z_0. Options as in `step`.
 
-        known [n,length] with known_mask (True = given) completes or infills. The given positions enter as their clean vectors
-        at every step: the rest is drawn from the model's own process around them, an approximation of its posterior. What the
-        paper's wish for control over the path would add (a process trained or adjusted for the constraint) is not shown here.
+        known [n,length] with known_mask (True = given) completes or infills: given positions enter as clean vectors at
+        every step and the rest is drawn around them, an approximation of the model's posterior. What control over the
+        path could add (a process trained or adjusted for the constraint) is not shown here, nor in the paper's code.
         """
         if sampler not in ("ode", "sde", "marginal"):
             raise UserError(f"--sampler={sampler} is not one of ode, sde, marginal")
@@ -732,29 +751,27 @@ class NFDM(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, corpus):
-        """Lines for `eval`: both normalisations of the bound, collapse, embedding norm, range of g, density of times, sigma."""
+        """Lines for `eval`: the bound per position and per non-PAD token, collapse, embeddings, g, times, sigma."""
         n = min(64, corpus.n_rows("val"))
         batch = corpus.rows("val", list(range(n)))
         tokens = batch["tokens"].to(self.bias.device)
-        terms = {key: float(value.double().sum()) for key, value in self.nll(tokens).items()}
+        terms = {key: float(value.double().sum()) / tokens.numel() for key, value in self.nll(tokens).items()}
         real = int(batch["mask"].sum()) if "mask" in batch else tokens.numel()
-        rec = terms["rec"] / tokens.numel()
-        lines = [f"{n} validation rows: {terms['nll'] / tokens.numel():.3f} nats/position, {terms['nll'] / real:.3f} nats/non-PAD "
-                 f"token | per position: diffusion {terms['diff'] / tokens.numel():.3f}, reconstruction {rec:.4f}, "
-                 f"prior {terms['prior'] / tokens.numel():.2g}"]
-        if rec > 0.5 * self.cfg.unigram_entropy > 0:
-            lines.append(f"WARNING: reconstruction {rec:.2f} is close to the unigram entropy {self.cfg.unigram_entropy:.2f} nats: the "
-                         "run has collapsed, z_0 tells nothing about its token. Raise --rec_weight or lower --lr")
+        lines = [f"{n} rows: {terms['nll']:.3f} nats/position, {terms['nll'] * tokens.numel() / real:.3f} nats/non-PAD token"
+                 " | per position: " + ", ".join(f"{k} {terms[k]:.4f}" for k in ("diff", "rec", "prior"))]
+        if terms["rec"] > 0.5 * self.cfg.unigram_entropy > 0:
+            lines.append(f"WARNING: reconstruction {terms['rec']:.2f} is near the unigram entropy {self.cfg.unigram_entropy:.2f}: "
+                         "the run has collapsed, z_0 says nothing about its token. Raise --rec_weight or lower --lr")
         grid = torch.linspace(0.005, 0.995, 100, device=tokens.device, dtype=self.bias.dtype)
         g = self.g2(grid).sqrt()
         deciles = self.times.density(grid).view(10, 10).mean(1)
-        lines.append(f"g(t) {float(g.min()):.3f} .. {float(g.max()):.3f} | mean embedding norm "
-                     f"{float(self.embedding.weight.norm(dim=-1).mean()):.2f} | density of times by tenth of t "
-                     + " ".join(f"{v:.2f}" for v in deciles.tolist()))
+        norm = float(self.embedding.weight.norm(dim=-1).mean())
+        lines.append(f"g(t) {float(g.min()):.3f} .. {float(g.max()):.3f} | mean embedding norm {norm:.2f} | density of times "
+                     "by tenth of t " + " ".join(f"{v:.2f}" for v in deciles.tolist()))
         sigma = self.process(self.embed(tokens), grid.new_full((1,), 0.5))[1]
         if sigma.shape[1] > 1:
-            over = sigma.log().mean(-1).std(1).mean()
-            lines.append(f"log sigma(x, t=0.5): mean {float(sigma.log().mean()):.3f}, std over positions {float(over):.3f}")
+            spread = float(sigma.log().mean(-1).std(1).mean())
+            lines.append(f"log sigma(x, 0.5): mean {float(sigma.log().mean()):.3f}, std over positions {spread:.3f}")
         return lines
 
 
