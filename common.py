@@ -980,7 +980,8 @@ def lr_factor(cfg, step, schedule=None):
 
 def load_corpus(Paper, cfg):
     """The corpus of cfg; fills cfg.vocab and cfg.unigram_entropy from it."""
-    corpus = data.load(cfg.data, tokenizer=cfg.tokenizer, length=cfg.length)
+    corpus = data.load(cfg.data, tokenizer=cfg.tokenizer, length=cfg.length,
+                       max_source=getattr(cfg, "max_input_length", 0))      # of a corpus of (source, target) pairs
     if corpus.conditional and not getattr(Paper, "conditional", False):
         raise UserError(f"--data={cfg.data} holds (source, target) pairs: only elf.py trains on pairs")
     if 0 < cfg.vocab < corpus.vocab:
