@@ -30,6 +30,7 @@ import struct
 import sys
 import threading
 import time
+import types
 import typing
 import zipfile
 
@@ -42,8 +43,8 @@ import torch.nn.functional as F
 import data
 from data import UserError
 
-# --- 1. configuration ------------------------------------------------------------------------------
 
+# --- 1. configuration ------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Config:
@@ -93,11 +94,9 @@ class Config:
 
 # --- 2. attention, blocks, DiT ---------------------------------------------------------------------
 
-
 def bc(x):
     """[B] -> [B, 1, 1]: a per-sequence scalar made ready to meet [B, L, D]."""
     return x[:, None, None]
-
 
 def sinusoid(t, n=256):
     """Time features [B, n] of t [B]: cos then sin of t * 10000^(-k / (n/2)), k = 0 .. n/2 - 1, at least in float32."""
@@ -106,20 +105,17 @@ def sinusoid(t, n=256):
     angle = t[:, None] * freqs
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
-
 def rope_tables(length, head_dim):
     """cos and sin [L, head_dim / 2] of the rotary angles pos * 10000^(-2j / head_dim)."""
     inv_freq = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * inv_freq
     return angle.cos().float(), angle.sin().float()
 
-
 def rope(x, cos, sin):
     """Rotate [B, H, L, d] in the half-split layout (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
     x1, x2 = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
-
 
 def attention(q, k, v, softcap=0.0, causal=False, explicit=False):
     """softmax(q k^T / sqrt(d)) v for [B, H, L, d]; `softcap` s squashes the scores to s tanh(score / s) (FLM).
@@ -140,7 +136,6 @@ def attention(q, k, v, softcap=0.0, causal=False, explicit=False):
         scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1), -math.inf)
     return scores.softmax(dim=-1) @ v
 
-
 class LayerNorm(nn.Module):
     """Layer norm over D with a weight and no bias, eps 1e-5; autocast runs it in float32."""
 
@@ -150,7 +145,6 @@ class LayerNorm(nn.Module):
 
     def forward(self, x):
         return F.layer_norm(x, self.weight.shape, self.weight, None, 1e-5)
-
 
 class TimestepEmbedder(nn.Module):
     """MLP(sinusoid(t)): [B] -> [B, C]. The time enters raw, without the factor 1000 of image models."""
@@ -162,7 +156,6 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t):
         return self.mlp(sinusoid(t, self.features).to(self.mlp[0].weight.dtype))
-
 
 class Block(nn.Module):
     """adaLN-zero transformer block: h += gate * dropout(branch(norm(h) * (1 + scale) + shift)), twice."""
@@ -194,7 +187,6 @@ class Block(nn.Module):
         x = self.mlp(self.norm2(h) * (1 + scale2) + shift2)
         return h + gate2 * (F.dropout(x, self.dropout, self.training) if self.dropout else x)
 
-
 class VocabEmbed(nn.Module):
     """Holds the [V, D] table under its published name, vocab_embed.embedding; init U(-1/sqrt(D), 1/sqrt(D))."""
 
@@ -202,7 +194,6 @@ class VocabEmbed(nn.Module):
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(vocab, dim))
         nn.init.uniform_(self.embedding, -dim ** -0.5, dim ** -0.5)
-
 
 class OutputLayer(nn.Module):
     """Final norm with its modulation; `linear` (zero at the start) is applied by the caller's vocabulary head."""
@@ -221,7 +212,6 @@ class OutputLayer(nn.Module):
     def forward(self, h, c):
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
         return self.norm_final(h) * (1 + scale) + shift
-
 
 class DiT(nn.Module):
     """The MDLM / Duo / LangFlow / FLM backbone between embeddings and vocabulary head, with their parameter names.
@@ -273,7 +263,6 @@ class DiT(nn.Module):
         W, b = self.output_layer.linear.weight, self.output_layer.linear.bias
         return F.linear(u, W.to(u.dtype), b.to(u.dtype)).to(W.dtype)
 
-
 def trunk_flops(d_model, n_layer, length, mlp_ratio=4):
     """Forward FLOP per token of the blocks (2 per multiply-add): QKVO + MLP, then the bidirectional attention products."""
     return 2 * (4 + 2 * mlp_ratio) * d_model ** 2 * n_layer + 4 * length * d_model * n_layer
@@ -286,7 +275,6 @@ def trunk_flops(d_model, n_layer, length, mlp_ratio=4):
 
 CHUNK_ELEMENTS = {"cpu": 2 ** 24, "cuda": 2 ** 28}     # rows * V of a chunk; GPU GEMMs lose speed below about 2,048 rows
 
-
 def _logits(u, W, b, skip, E, cap):
     """Capped float32 (float64) logits [n, V] of a chunk and d capped / d raw (None without a cap)."""
     z = F.linear(u, W.to(u.dtype)).to(b.dtype) + b
@@ -297,7 +285,6 @@ def _logits(u, W, b, skip, E, cap):
     z = cap * torch.tanh(z / cap)
     return z, 1 - (z / cap) ** 2
 
-
 def _ce_chunk(u, W, b, skip, E, cap, targets, weight):
     """nll [n] and d(sum weight * nll) / d raw logits [n, V]."""
     z, slope = _logits(u, W, b, skip, E, cap)
@@ -307,14 +294,12 @@ def _ce_chunk(u, W, b, skip, E, cap, targets, weight):
     dz = dz.scatter_add(1, targets[:, None], -weight[:, None])
     return nll, dz if slope is None else dz * slope
 
-
 def _embed_chunk(u, W, b, values, skip, E, cap, targets):
     """x_hat [n, De], nll [n] and logsumexp [n]."""
     z, _ = _logits(u, W, b, skip, E, cap)
     lse = z.logsumexp(dim=-1)
     nll = lse - z.gather(1, targets[:, None])[:, 0]
     return (z - lse[:, None]).exp() @ values, nll, lse
-
 
 def _embed_grad_chunk(u, W, b, values, skip, E, cap, targets, lse, x_hat, g, g_nll):
     """Probabilities [n, V] and d loss / d raw logits [n, V] from g = dL/dx_hat and g_nll = dL/dnll.
@@ -327,17 +312,14 @@ def _embed_grad_chunk(u, W, b, values, skip, E, cap, targets, lse, x_hat, g, g_n
     dz = dz.scatter_add(1, targets[:, None], -g_nll[:, None])
     return p, dz if slope is None else dz * slope
 
-
 def compile_heads():
     """Compile the chunk bodies (exp, subtract and scale fuse); the loops over chunks stay outside."""
     for f in (_ce_chunk, _embed_chunk, _embed_grad_chunk):
         globals()[f.__name__] = torch.compile(f, dynamic=False)
 
-
 def _chunks(n, V, device, chunk):
     size = chunk or max(64, CHUNK_ELEMENTS.get(device.type, 2 ** 24) // V)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
 
 class _HeadGrads:
     """Accumulates the gradients of (u, W, b, skip, E) over chunks of d logits, in the dtype of the parameters."""
@@ -365,7 +347,6 @@ class _HeadGrads:
     def all(self):
         return self.du, self.dW, self.db, self.dskip, self.dE
 
-
 class _TokenCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, W, b, skip, E, targets, weight, cap, chunk):
@@ -388,7 +369,6 @@ class _TokenCE(torch.autograd.Function):
         out, ctx.grads = ctx.grads, None
         return (*[None if x is None else x.mul_(g) for x in out], None, None, None, None)
 
-
 def token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0, chunk=0):
     """Cross-entropy of logits = u W^T + b + skip E^T, weighted by row, without a [N, V] tensor alive beyond a chunk.
 
@@ -400,7 +380,6 @@ def token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0, chunk=0):
     weight = weight.detach().expand(targets.shape).reshape(-1).to(b.dtype)
     loss, nll = _TokenCE.apply(flat[0], W, b, flat[1], E, targets.reshape(-1), weight, cap, chunk)
     return loss, nll.view(targets.shape)
-
 
 class _ExpectedEmbedding(torch.autograd.Function):
     @staticmethod
@@ -431,7 +410,6 @@ class _ExpectedEmbedding(torch.autograd.Function):
             del p, dz
         return (*grads.all(), dvalues, None, None, None)
 
-
 def expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0, chunk=0):
     """Posterior mean x_hat = softmax(u W^T + b + skip E^T) @ values, and the nll of `targets` from the same pass.
 
@@ -443,7 +421,6 @@ def expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0
     x_hat, nll = _ExpectedEmbedding.apply(flat[0], W, b, flat[1], E, values, ids.reshape(-1), cap, chunk)
     return x_hat.view(*u.shape[:-1], -1), None if targets is None else nll.view(targets.shape)
 
-
 @torch.no_grad()
 def greedy(u, W, b, skip=None, E=None, cap=0.0, chunk=0):
     """argmax over V of the same logits: ids [...] for u [..., D]."""
@@ -454,7 +431,6 @@ def greedy(u, W, b, skip=None, E=None, cap=0.0, chunk=0):
 
 
 # --- 4. global-batch draws -------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -502,7 +478,6 @@ class Rows:
         roles = np.searchsorted(edges, np.arange(self.n_global), side="right")
         return self.local(rng.permutation(roles), device)
 
-
 def take(mask, capacity):
     """The rows where mask [n] holds, at a fixed count: (index [capacity], weight [capacity] of 1 or 0 for fillers)."""
     index = torch.argsort(~mask, stable=True)[:capacity]
@@ -510,7 +485,6 @@ def take(mask, capacity):
 
 
 # --- 5. optimisers ---------------------------------------------------------------------------------
-
 
 def newton_schulz(x, dtype=torch.float32, eps=1e-8):
     """Five quintic steps towards the orthogonal factor of x [n, rows, cols] (Muon's coefficients).
@@ -534,7 +508,6 @@ def newton_schulz(x, dtype=torch.float32, eps=1e-8):
             A = x @ x.mT
             x = a * x + (b * A + c * A @ A) @ x
     return x.mT if flip else x
-
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: W -= lr * sqrt(max(1, rows / cols)) * NS5(u), u = beta m + (1 - beta) g.
@@ -703,7 +676,6 @@ def make_config(Cfg, presets, preset, overrides):
 
 # --- 7. ranks, seeds, files ------------------------------------------------------------------------
 
-
 @dataclasses.dataclass
 class World:
     rank: int = 0
@@ -862,14 +834,12 @@ def load_checkpoint(path, paper=None):
         raise UserError(f"{path} is a checkpoint of {ckpt['paper']}.py, not of {paper}.py")
     return ckpt
 
-
 class _Inert:
     """Stands in for every class of a published pickle that is not a tensor; nothing in it runs."""
 
     def _nothing(self, *args, **kwargs):
         return None
     __init__ = __setstate__ = __setitem__ = append = extend = _nothing
-
 
 class _TensorsOnly(pickle.Unpickler):
     """Reads the data.pkl of a torch.save archive: rebuilds tensors, maps every other class to `_Inert`."""
@@ -965,7 +935,6 @@ def like(whole, x):
 # --- 9. training loop ------------------------------------------------------------------------------
 
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}     # dense bf16
-
 
 class NonFinite(Exception):
     """Ten updates in a row were skipped."""
@@ -1091,7 +1060,6 @@ def clip_gradients(optimizers, limit):
         total = total + square
     return total.sqrt()
 
-
 class Batches:
     """Micro-batches of the run in order, made on a background thread and copied to the GPU without blocking.
 
@@ -1127,7 +1095,6 @@ class Batches:
             raise batch
         return {k: v.to(self.world.device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
-
 class Stop:
     """SIGTERM and SIGINT set a flag (a second signal exits at once); the ranks agree on it and on the count of
     consecutive skips, copied asynchronously and read one step late, so that no step waits for the host."""
@@ -1157,7 +1124,6 @@ class Stop:
         if self.event:
             self.event.record()
         return int(self.seen[0]), int(self.seen[1])
-
 
 class Printer:
     """Rank 0 prints; on a terminal the line between two log points is a live one."""
@@ -1198,7 +1164,6 @@ def peak_memory(world):
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
 
 class Run:
     """Everything a checkpoint holds: model, EMA, optimisers, step, and the sums behind the next training line."""
@@ -1580,18 +1545,6 @@ def evaluate(Paper, Cfg, options, world):
         append_metrics(out, **record)
     return 0
 
-
-class _OneBatch:
-    """Stands in for `Batches` in the benchmark: the same random rows every step."""
-
-    def __init__(self, cfg, world):
-        n = micro_batch(cfg, world)
-        self.batch = {"tokens": torch.randint(cfg.vocab, (n, cfg.length), device=world.device),
-                      "rows": Rows(0, 0, world.rank * n, n, n * world.size)}
-
-    def get(self, step, micro):
-        return dict(self.batch)
-
 def bench(Paper, Cfg, presets, overrides, options, world):
     """The `bench` verb: step time, tokens/s, MFU and peak memory of training and sampling on random tokens."""
     say, cfg = Printer(world), make_config(Cfg, presets, overrides.get("preset", "tiny"), overrides)
@@ -1600,7 +1553,10 @@ def bench(Paper, Cfg, presets, overrides, options, world):
         torch.set_num_threads(cfg.threads)
     cfg.vocab = cfg.vocab or data.load(cfg.data, tokenizer=cfg.tokenizer, length=cfg.length).vocab
     cfg.unigram_entropy = cfg.unigram_entropy or math.log(cfg.vocab)
-    run, batches, times = Run(Paper, cfg, world, None, pathlib.Path(os.devnull)), _OneBatch(cfg, world), []
+    run, times, n = Run(Paper, cfg, world, None, pathlib.Path(os.devnull)), [], micro_batch(cfg, world)
+    batch = {"tokens": torch.randint(cfg.vocab, (n, cfg.length), device=world.device),
+             "rows": Rows(0, 0, world.rank * n, n, n * world.size)}
+    batches = types.SimpleNamespace(get=lambda step, micro: dict(batch))       # the same random rows every step
     say(f"{run.name} preset {cfg.preset}: batch {cfg.batch} x {cfg.length}, D {cfg.d_model}, {cfg.n_layer} blocks, "
         f"V {cfg.vocab}, {count(sum(p.numel() for p in run.params))} parameters, torch {torch.__version__}")
 
