@@ -345,3 +345,465 @@ def test_head_matches_official_arrays():
     total.backward()
     for ours, name in ((E, "E"), (W, "output_linear.weight"), (b, "output_linear.bias")):
         torch.testing.assert_close(ours.grad, g[f"grad/{name}"], rtol=1e-10, atol=1e-10)
+
+
+def test_official_head_gradient_through_the_whole_network():
+    """grad/z of the same arrays: through std, the transformer, the prior logits and the x_hat."""
+    g, a, model = part("head/out/"), part("head/in/"), load("plaid")
+    z = a["z"].clone().requires_grad_()
+    u, zb = model.features(z, a["gamma"], a["x_selfcond"], a["bias_scale"])
+    torch.testing.assert_close(u, model.model.readout(a["h_before_norm"]), **TIGHT)
+    head = model.model.output_layer.linear
+    x_hat, _ = common.expected_embedding(u, head.weight, head.bias, g["E"], skip=zb, E=g["E"])
+    logits = F.linear(u, head.weight, head.bias) + zb @ g["E"].T
+    ((x_hat * a["upstream_xhat"]).sum() + (logits * a["upstream_logits"]).sum()).backward()
+    torch.testing.assert_close(z.grad, g["grad/z"], rtol=1e-10, atol=1e-10)
+
+
+# --- theory: one token, exact posterior ------------------------------------------------------------
+
+
+def one_token_model():
+    """L = 1, W = 0, b = log pi: the network is the exact Bayes posterior of the golden `theory/` source."""
+    V, De = G["theory/E"].shape
+    model = exact(RePlaid(Config(vocab=V, length=1, d_embed=De, d_model=8, n_head=2, n_layer=0, cond_dim=8, batch=4)))
+    model.embedding_matrix.matrix.data.copy_(G["theory/E"])
+    model.model.output_layer.linear.bias.data.copy_(G["theory/pi"].log())
+    return model
+
+
+def test_output_prior_and_log_unigram_are_the_exact_posterior():
+    model, E, pi = one_token_model(), G["theory/E"], G["theory/pi"]
+    gamma, z = torch.tensor([-2.0, 0.5, 4.0]).double(), torch.randn(3, 1, E.shape[1]).double()
+    alpha, sigma = replaid.alpha_sigma(gamma)
+    log_q = -((z - alpha[:, None, None] * E) ** 2).sum(-1) / (2 * sigma[:, None] ** 2)      # Gaussian densities, [3, V]
+    want = (log_q + pi.log()).softmax(-1) @ E
+    torch.testing.assert_close(model.predict(z, gamma, torch.zeros_like(z), model.embedding_matrix())[:, 0], want)
+
+
+def test_cross_entropy_and_mmse_of_the_exact_posterior():
+    """Golden CE(gamma) and mmse(gamma) by Gauss-Hermite quadrature through features and the fused head; I-MMSE, 10.5."""
+    model, E, pi, gammas = one_token_model(), G["theory/E"], G["theory/pi"], G["theory/gamma"]
+    V, De = E.shape
+    nodes, weights = (torch.from_numpy(v) for v in __import__("numpy").polynomial.hermite_e.hermegauss(60))
+    eps = torch.cartesian_prod(*[nodes] * De)                                               # [Q, De]
+    w = torch.cartesian_prod(*[weights / weights.sum()] * De).prod(-1)
+    tokens = torch.arange(V).repeat_interleave(len(eps))[:, None]
+    x, keep = E[tokens], torch.ones(len(tokens))
+    for i in range(30, 91, 10):                                                             # sharper posteriors need more nodes
+        gamma = gammas[i].expand(len(tokens))
+        alpha, sigma = replaid.alpha_sigma(gammas[i])
+        z = alpha * x + sigma * eps.repeat(V, 1)[:, None]
+        with torch.no_grad():
+            u, zb = model.features(z, gamma, torch.zeros_like(z))
+            head = model.model.output_layer.linear
+            _, sq, ce = replaid.elbo_head(u, head.weight, head.bias, zb, E, x, 0 * keep, 0 * keep, tokens, keep)
+        both = pi.repeat_interleave(len(eps)) * w.repeat(V)
+        torch.testing.assert_close((both * ce[:, 0]).sum(), G["theory/CE"][i], rtol=0, atol=1e-8)
+        torch.testing.assert_close((both * sq[:, 0]).sum(), G["theory/mmse"][i], rtol=0, atol=1e-8)
+
+
+def test_bound_of_the_exact_posterior_is_entropy_plus_end_divergence():
+    E, pi, gamma, ce, mmse = (G[f"theory/{k}"] for k in ("E", "pi", "gamma", "CE", "mmse"))
+    prior = (pi * replaid.prior_kl(E[:, None], gamma[-1].expand(len(E)))[:, 0]).sum()
+    integrand, h = replaid.diffusion_weight(gamma, torch.ones_like(gamma)) * mmse, gamma[1] - gamma[0]
+    simpson = h / 3 * (integrand[0] + integrand[-1] + 4 * integrand[1:-1:2].sum() + 2 * integrand[2:-1:2].sum())
+    terms = G["theory/nelbo_terms"]
+    torch.testing.assert_close(prior, terms[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(simpson, terms[2], rtol=0, atol=1e-6)                        # Simpson's own error
+    torch.testing.assert_close(terms[0] + terms[1] + terms[2], terms[4], rtol=0, atol=1e-9)
+    torch.testing.assert_close(terms[5], -(pi * pi.log()).sum())
+    torch.testing.assert_close(prior, (pi @ (G["theory/kl_prior"][-1] * torch.ones_like(pi))), rtol=0, atol=1e-12)
+    slope = (ce[2:] - ce[:-2]) / (2 * h)                                                    # dCE / dgamma, central
+    torch.testing.assert_close(slope, integrand[1:-1], rtol=0, atol=2e-3)
+    torch.testing.assert_close(G["theory/t_star"], (ce - ce[0]) / (ce[-1] - ce[0]), rtol=0, atol=1e-8)
+
+
+# --- properties ------------------------------------------------------------------------------------
+
+
+def test_schedule_ends_are_exact_and_slope_is_the_derivative():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        s = replaid.NoiseSchedule()
+        t = torch.linspace(0, 1, 201, dtype=torch.float64, requires_grad=True)
+        g, g_dot = s(t)
+        assert g[0] == 0 and g[-1] == 1 and (g.diff() > 0).all() and (g - t).abs().max() < 0.02
+        torch.testing.assert_close(g_dot, torch.autograd.grad(g.sum(), t)[0], rtol=1e-13, atol=1e-13)
+
+
+def test_ancestral_step_is_the_gaussian_posterior():
+    g_t, g_s = torch.tensor(1.3).double(), torch.tensor(-0.4).double()
+    (A_t, S_t), (A_s, S_s) = replaid.alpha_sigma(g_t), replaid.alpha_sigma(g_s)
+    a = A_t / A_s
+    var = S_t ** 2 - a ** 2 * S_s ** 2                                                      # sigma^2_{t|s}
+    one, zero = torch.ones(()).double(), torch.zeros(()).double()
+    for ours, want in ((replaid.ddpm_step(one, zero, g_t, g_s, zero), a * S_s ** 2 / S_t ** 2),
+                       (replaid.ddpm_step(zero, one, g_t, g_s, zero), A_s * var / S_t ** 2),
+                       (replaid.ddpm_step(zero, zero, g_t, g_s, one) ** 2, var * S_s ** 2 / S_t ** 2)):
+        torch.testing.assert_close(ours, want, rtol=1e-14, atol=1e-16)
+    # KL between posteriors at x and x_hat is half the SNR gap times |x - x_hat|^2; summed over steps it is the diffusion term
+    gap = A_s ** 2 / S_s ** 2 - A_t ** 2 / S_t ** 2
+    torch.testing.assert_close((A_s * var / S_t ** 2) ** 2 / (2 * var * S_s ** 2 / S_t ** 2), gap / 2, rtol=1e-13, atol=0)
+
+
+def test_first_order_dpm_solver_is_ddim_and_temperature_divides_the_noise():
+    z, x = torch.randn(2, 3, 4).double(), torch.randn(2, 3, 4).double()
+    g_t, g_s, tau = torch.tensor(2.0).double(), torch.tensor(0.7).double(), 0.8
+    torch.testing.assert_close(replaid.dpmpp_step(z, x, g_t, g_s), replaid.ddim_step(z, x, g_t, g_s), rtol=1e-14, atol=1e-15)
+    alpha, sigma = replaid.alpha_sigma(g_t)
+    eps = (z - alpha * x) / (sigma * tau)
+    torch.testing.assert_close(replaid.temper(x, z, g_t, tau), (z - sigma * eps) / alpha, rtol=1e-13, atol=1e-14)
+
+
+def test_ancestral_sampling_with_the_oracle_ends_in_law_at_the_data():
+    """x_hat = e at every step: z ends at alpha_0 e + sigma_0 eps (mean and variance at five sigma)."""
+    gamma, n = torch.linspace(6, -3, 21).double(), 20_000
+    z, e = torch.randn(n).double(), 0.7
+    for g_t, g_s in zip(gamma, gamma[1:]):
+        z = replaid.ddpm_step(z, torch.full_like(z, e), g_t, g_s, torch.randn(n).double())
+    alpha, sigma = replaid.alpha_sigma(gamma[-1])
+    start = replaid.alpha_sigma(gamma[0])[0] * e * torch.exp((gamma[-1] - gamma[0])) * 0.1      # prior's own offset: negligible
+    assert abs(z.mean() - alpha * e) < 5 * sigma / n ** 0.5 + abs(start)
+    assert abs(z.var() / sigma ** 2 - 1) < 5 * (2 / n) ** 0.5
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("heun", 2), ("dpmpp", 2)])
+def test_observed_order_of_the_solvers_on_gaussian_data(sampler, order):
+    v = 0.3                                                                                 # x ~ N(0, v): posterior mean is linear
+
+    def solve(T):
+        gamma, z, last = torch.linspace(6, -3, T + 1).double(), torch.tensor(1.5).double(), None
+        mean = lambda z, g: z * replaid.alpha_sigma(g)[0] * v / (torch.sigmoid(-g) * v + torch.sigmoid(g))    # noqa: E731
+        for g_t, g_s in zip(gamma, gamma[1:]):
+            x = mean(z, g_t)
+            if sampler == "dpmpp":
+                z, last = replaid.dpmpp_step(z, x, g_t, g_s, last), (x, g_t)
+            else:
+                z_s = replaid.ddim_step(z, x, g_t, g_s)
+                z = z_s if sampler == "ddim" else replaid.heun_step(z, x, mean(z_s, g_s), g_t, g_s)
+        scale = lambda g: (torch.sigmoid(-g) * v + torch.sigmoid(g)).sqrt()                 # noqa: E731
+        return abs(z - 1.5 * scale(gamma[-1]) / scale(gamma[0]))
+    assert abs(math.log2(solve(256) / solve(512)) - order) < 0.12
+
+
+def test_zero_readout_bound_is_known_and_ignores_the_backbone():
+    V, De, B, L = 50, 16, 64, 16
+    model = exact(RePlaid(Config(vocab=V, length=L, d_model=16, n_layer=1, n_head=2, cond_dim=8, batch=4, self_cond_every=0,
+                                 output_prior=False, gate_init=0.5)))
+    tokens = torch.arange(V).repeat(-(-B * L // V))[:B * L][torch.randperm(B * L)].view(B, L)
+    E = model.embedding_matrix()
+    want = math.log(V) + 0.5 * (math.exp(3) - math.exp(-6)) * (1 - E.mean(0).square().sum()) + 0.0012608
+    torch.manual_seed(1)
+    first = model.nll(tokens, times=64)
+    # E of the tokens drawn is not exactly uniform over V: within 2 %, plus the Monte-Carlo error of t
+    torch.testing.assert_close(first["nll"].mean() / L, want, rtol=0.02, atol=0)
+    torch.testing.assert_close(first["prior"].mean() / L, torch.tensor(0.0012608).double(), rtol=1e-4, atol=0)
+    nn.init.normal_(model.model.blocks[0].mlp[0].weight)
+    torch.manual_seed(1)
+    torch.testing.assert_close(model.nll(tokens, times=64)["nll"], first["nll"], rtol=1e-12, atol=0)
+    model.cfg.output_prior = True
+    nll = model.nll(tokens, times=64)["nll"] / L
+    assert abs(nll.mean() - math.log(V)) < 5 * nll.std() / B ** 0.5 + 0.002
+
+
+def plain_terms(model, batch, t, noise, coins):
+    """The training bound by its definition, [B, L, V] logits and all; also (g, g') so that gradients can be asked of them."""
+    tokens, L = batch["tokens"], batch["tokens"].shape[1]
+    E, (g0, g1), (g, g_dot) = model.embedding_matrix(), model.gamma_bounds(), model.noise_schedule(t)
+    gamma, dot = g0 + (g1 - g0) * g, (g1 - g0) * g_dot
+    m = coins[:, None, None]
+
+    def run(E, gamma, dot, g1, x_sc):
+        a, s = torch.sigmoid(-gamma).sqrt()[:, None, None], torch.sigmoid(gamma).sqrt()[:, None, None]
+        z = a * E[tokens] + s * noise
+        head, scale = model.model.output_layer.linear, replaid.bias_scale(model.updates, model.cfg.bias_ramp)
+        logits = F.linear(model.model(z, gamma, x_sc), head.weight, head.bias) + scale * a / s ** 2 * z @ E.T
+        x_hat = logits.softmax(-1) @ E
+        recon = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
+        diff = 0.5 * dot * torch.exp(-gamma) * (E[tokens] - x_hat).square().sum(-1).mean(1)
+        sigma_sq = torch.sigmoid(g1)
+        prior = 0.5 * (torch.sigmoid(-g1) * E[tokens].square().sum(-1).mean(1) + E.shape[1] * (sigma_sq - 1 - sigma_sq.log()))
+        return x_hat, recon, diff, prior
+    zero = torch.zeros_like(noise)
+    with torch.no_grad():
+        x_sc = torch.where(m, run(E, gamma, dot, g1, zero)[0], zero)
+    live, frozen = run(E, gamma, dot, g1, x_sc), run(E.detach(), gamma.detach(), dot.detach(), g1.detach(), x_sc)
+    recon, diff, prior = (torch.where(coins, b, a) for a, b in zip(live[1:], frozen[1:]))
+    return recon, diff, prior, g, g_dot
+
+
+def draws(model, B=8, r=3):
+    L, De = model.cfg.length, model.cfg.d_embed
+    t = torch.cat([torch.zeros(r), torch.rand(B - r)]).double()[torch.randperm(B)]
+    coins = torch.zeros(B, dtype=torch.bool)
+    coins[1::4] = True
+    return dict(tokens=torch.randint(model.cfg.vocab, (B, L))), dict(t=t, noise=torch.randn(B, L, De).double(), coins=coins)
+
+
+def test_loss_and_gradients_equal_the_plain_form_and_the_shape_descends_the_second_moment():
+    """Hook form against two phases (10.8): the shape's gradient is that of mean l^2, everything else that of the bound."""
+    model = build(bias_ramp=10)
+    model.updates.fill_(4)
+    batch, d = draws(model)
+    loss, _ = model.loss(batch, **d)
+    loss.backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters()}
+    recon, diff, prior, g, g_dot = plain_terms(model, batch, **d)
+    first = d["t"] == 0
+    n_diff = (~first).sum()
+    bound = recon[first].mean() + diff[~first].mean() + prior.mean()
+    torch.testing.assert_close(loss, bound, rtol=1e-12, atol=0)
+    others = {n: p for n, p in model.named_parameters() if "schedule" not in n}
+    for (n, p), want in zip(others.items(), torch.autograd.grad(bound, list(others.values()), retain_graph=True)):
+        torch.testing.assert_close(got[n], want, rtol=1e-10, atol=1e-13, msg=lambda s: f"{n}: {s}")
+    second = (diff[~first] ** 2).sum() / n_diff
+    phase_one = torch.autograd.grad(second, (g, g_dot), retain_graph=True)                  # on leaves g, g' ...
+    shape = dict(model.noise_schedule.named_parameters())
+    for (n, p), want in zip(shape.items(), torch.autograd.grad((g, g_dot), list(shape.values()), phase_one)):
+        scale = want.abs().max().item()
+        torch.testing.assert_close(got[f"noise_schedule.{n}"], want, rtol=1e-12, atol=1e-13 * scale)
+
+
+def test_self_conditioned_rows_teach_only_the_network():
+    model = build()
+    batch, d = draws(model)
+    model.loss(batch, **{**d, "coins": torch.ones(8, dtype=torch.bool)})[0].backward()
+    for n, p in model.named_parameters():
+        if n.startswith("model."):
+            assert p.grad.abs().max() > 0, n
+        else:
+            assert p.grad is None or (p.grad == 0).all(), n
+
+
+def test_self_conditioning_changes_nothing_while_its_map_is_zero():
+    model = build()
+    batch, d = draws(model)
+    with_sc = model.loss(batch, **d)[0]
+    assert abs(with_sc - model.loss(batch, **{**d, "coins": torch.zeros(8, dtype=torch.bool)})[0]) > 1e-6
+    nn.init.zeros_(model.model.selfcond_linear.weight)
+    losses = [model.loss(batch, **{**d, "coins": torch.full((8,), on)})[0] for on in (False, True)]
+    torch.testing.assert_close(*losses, rtol=1e-14, atol=0)
+
+
+def test_rows_of_a_batch_are_independent():
+    """Another text and noise in row 2 (self-conditioned) and row 5 leaves every other row's terms alone."""
+    model = build()
+    batch, d = draws(model)
+    d["coins"] = torch.arange(8) % 4 == 2
+    terms = []
+    head = replaid.elbo_head
+    for change in (False, True):
+        tokens, noise = batch["tokens"].clone(), d["noise"].clone()
+        if change:
+            tokens[[2, 5]] = (tokens[[2, 5]] + 1) % 11
+            noise[[2, 5]] += 1
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(replaid, "elbo_head", lambda *a: terms.append(head(*a)) or terms[-1])
+            model.loss(dict(tokens=tokens), **{**d, "noise": noise})
+    rest = [0, 1, 3, 4, 6, 7]
+    for k in (1, 2):
+        torch.testing.assert_close(terms[0][k][rest], terms[1][k][rest], rtol=1e-12, atol=0)
+        assert (terms[0][k][[2, 5]] - terms[1][k][[2, 5]]).abs().min() > 0
+
+
+def test_micro_batches_average_to_the_global_batch():
+    """Draws are functions of the global batch: four chunks of 8 rows give the loss, gradients and statistics of 32."""
+    model, n, chunk = build(batch=32), 32, 8
+    model.row_stats.copy_(torch.tensor([0.5, 1.0, 2.6, 1.0, 3.0]))                          # about half the rows reconstruct
+    tokens, noise = torch.randint(11, (n, 6)), torch.randn(n, 6, 4).double()
+
+    def run(size):
+        model.zero_grad()
+        model.pending.zero_()
+        total = 0
+        for i in range(0, n, size):
+            batch = dict(tokens=tokens[i:i + size], rows=common.Rows(0, 5, i, size, n))
+            loss, m = model.loss(batch, noise=noise[i:i + size])
+            (loss * size / n).backward()
+            total = total + loss.item() * size / n
+        return total, m["rows"].item(), {k: p.grad.clone() for k, p in model.named_parameters()}, model.pending / model.pending[4]
+    whole, parts = run(n), run(chunk)
+    assert 5 < whole[1] < 27 and whole[1] == parts[1]
+    assert abs(whole[0] / parts[0] - 1) < 1e-12
+    torch.testing.assert_close(whole[3], parts[3], rtol=1e-12, atol=0)
+    for k, v in whole[2].items():
+        torch.testing.assert_close(parts[2][k], v, rtol=1e-9, atol=1e-12, msg=lambda s: f"{k}: {s}")
+
+
+def test_times_give_exactly_r_reconstruction_rows_and_stratify_the_rest():
+    for r in (1, 7, 31):
+        u = common.Rows(3, r, 0, 32, 32).uniform()
+        t = replaid.diffusion_times(u, torch.tensor(float(r)).double(), 32)
+        assert (t == 0).sum() == r
+        assert ((t[t > 0].sort().values * (32 - r)).floor() == torch.arange(32 - r)).all()
+
+
+def test_evaluation_split_is_unbiased():
+    """Averaged over which rows reconstruct and over the coin of the split it is mean recon + mean diff + prior."""
+    B = 11
+    recon, diff, prior = torch.rand(3, B).double()
+    total = 0
+    for r, p in ((B // 8, 1 - B % 8 / 8), (B // 8 + 1, B % 8 / 8)):
+        for shift in range(B):
+            rows = torch.roll(torch.arange(B) < r, shift)
+            total += p / B * replaid.split_bound(recon, diff, prior, rows, B / 8)
+    torch.testing.assert_close(total, recon.mean() + diff.mean() + prior.mean(), rtol=1e-13, atol=0)
+
+
+def test_statistics_commit_only_when_the_update_was_taken():
+    model = build()
+    before = model.row_stats.clone()
+    for ok in (False, True):
+        batch, d = draws(model)
+        model.loss(batch, **d)
+        means = model.pending[:4].clone()
+        model.after_step(0, torch.tensor(ok))
+        want = replaid.update_stats(before, means) if ok else before
+        assert torch.equal(model.row_stats, want) and model.updates == ok and (model.pending == 0).all()
+    model.eval()
+    model.loss(*[draws(model)[0]])
+    assert (model.pending == 0).all()                                                       # validation leaves no trace
+
+
+def test_diffusion_integral_does_not_depend_on_the_schedule():
+    mmse = lambda g: 1 / (1 + torch.exp(-0.7 * g - 0.3))                                    # noqa: E731  any function of gamma
+    t = (torch.arange(20_000).double() + 0.5) / 20_000
+    values = []
+    for scale in (1.0, 30.0):
+        s = replaid.NoiseSchedule()
+        s.W1.data.mul_(scale)
+        g, g_dot = s(t)
+        gamma, dot = -3 + 9 * g, 9 * g_dot
+        values.append((replaid.diffusion_weight(gamma, dot) * mmse(gamma)).mean().item())
+    assert abs(values[0] / values[1] - 1) < 1e-5
+
+
+# --- sampling, sizes, input ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "heun"])
+def test_samplers_with_the_oracle_return_the_text_and_hold_what_is_given(sampler):
+    model = build(d_embed=8, gamma_0=-6.0)
+    nn.init.zeros_(model.model.output_layer.linear.weight)
+    nn.init.zeros_(model.model.output_layer.linear.bias)
+    text, E = torch.randint(11, (3, 6)), model.embedding_matrix()
+    seen = []
+    model.predict = lambda z, gamma, x_sc, E, scale=1.0: E[text]
+    out = model.sample(3, 6, 12, sampler=sampler, watch=lambda i, tokens: seen.append((i, tokens)))
+    assert torch.equal(out, text) and [i for i, _ in seen] == list(range(1, 13)) and torch.equal(seen[-1][1], text)
+    model.predict = lambda z, gamma, x_sc, E, scale=1.0: torch.zeros_like(z)
+    known, mask = torch.randint(11, (3, 6)), torch.rand(3, 6) < 0.5
+    out = model.sample(3, 6, 12, sampler=sampler, known=known, known_mask=mask)
+    assert torch.equal(out[mask], known[mask])
+    calls = record(model)
+    model.sample(3, 6, 12, sampler=sampler, known=known, known_mask=mask)
+    assert torch.equal(calls[-1][2][mask], E[known].double()[mask])                         # the network sees the given text
+    alpha, sigma = replaid.alpha_sigma(calls[-1][1])
+    noise = (calls[-1][0] - alpha * E[known])[mask] / sigma                                 # and latents at the right noise level
+    assert 0.5 < noise.std() < 1.6
+
+
+def test_guidance_raises_the_probability_it_is_asked_to_raise():
+    model = build()
+    torch.manual_seed(3)
+    plain = model.sample(16, 6, 12)
+    torch.manual_seed(3)
+    more = model.sample(16, 6, 12, guide="5:10:all")
+    torch.manual_seed(3)
+    none = model.sample(16, 6, 12, guide=f"{plain.view(-1).mode().values.item()}:10:all:not")
+    assert (more == 5).sum() > (plain == 5).sum() + 10
+    assert (none == plain.view(-1).mode().values).sum() < (plain == plain.view(-1).mode().values).sum()
+    assert replaid.parse_guide("7:3:any,9:10:all:not,1:2:0") == [(7, 3.0, "any", False), (9, 10.0, "all", True), (1, 2.0, 0, False)]
+
+
+def test_parameter_counts_flops_and_steps_are_the_published_ones():
+    published = {"6M": 14.3, "19M": 29.0, "34M": 45.0, "48M": 58.5, "66M": 74.9, "85M": 91.1, "75M": 107.4, "113M": 117.0,
+                 "142M": 140.0, "170M": 163.1, "180M": 173.7, "206M": 194.3, "231M": 215.0, "268M": 247.2, "302M": 274.0,
+                 "336M": 300.8, "472M": 413.3, "551M": 475.2, "571M": 493.5, "629M": 537.2, "666M": 568.2, "761M": 642.8,
+                 "831M": 698.9, "944M": 787.4, "1233M": 1016.4, "1476M": 1208.7, "1678M": 1364.5, "2121M": 1708.9}
+    assert published.keys() == replaid.SIZES.keys()
+
+    def size(preset, **keys):
+        cfg = Config(**{**replaid.PRESETS[preset], **keys})
+        with torch.device("meta"):
+            model = RePlaid(cfg)
+        d, n, V = cfg.d_model, cfg.n_layer, cfg.vocab
+        shared = 49_408 + n * (12 * d * d + 5 * d + 2 * d + 774 * d) + d + d * V + V + 258 * d
+        total = sum(p.numel() for p in model.parameters())
+        assert total == shared + 2 * 16 * d + 16 * V + 3074
+        return shared, total
+    for label in ("6M", "66M", "551M"):
+        assert round(size(label)[0] / 1e6, 1) == published[label]
+    assert round(size("owt", vocab=50_257)[1] / 1e6, 1) == 131.9
+    for label, steps in {"66M": 455_579, "113M": 289_731, "231M": 157_026, "551M": 69_985}.items():
+        d, n, _ = replaid.SIZES[label]
+        ours = 1e20 / (2048 * replaid.forward_flops(d, n, 32_001)) / 256 / 3
+        assert replaid.PRESETS[label]["steps"] == steps and 1 < ours / steps < 1.0027
+    for label, (d, n, h) in replaid.SIZES.items():                  # the formula of the parameter count, for all 28 labels
+        shared = 49_408 + n * (12 * d * d + 781 * d) + d + d * 32_001 + 32_001 + 258 * d
+        assert abs(shared / 1e6 / published[label] - 1) < 1e-3 + 0.05 / published[label] and d % (2 * h) == 0
+
+
+def test_bad_input_is_one_clear_line():
+    with pytest.raises(data.UserError, match="batch=10 is not divisible by 4"):
+        RePlaid(Config(vocab=5, batch=10))
+    model = build(batch=12)
+    with pytest.raises(data.UserError, match="6 rows per rank and micro-step are not divisible by 4"):
+        model.loss(dict(tokens=torch.zeros(6, 6, dtype=torch.int64)))
+    for keys in (dict(sampler="euler"), dict(grid="cosine")):
+        with pytest.raises(data.UserError, match="ddpm, ddim, dpmpp, heun"):
+            model.sample(1, 6, 2, **keys)
+    for guide in ("5", "5:x:all", "5:1:some", "5:1:all:maybe", "5:1:all:not:not"):
+        with pytest.raises(data.UserError, match="token:weight:where"):
+            model.sample(1, 6, 2, guide=guide)
+
+
+def test_padding_is_modelled_and_the_bound_divided_by_real_tokens():
+    model = build()
+    batch, d = draws(model)
+    mask = torch.arange(6).expand(8, 6) < 3
+    whole, half = model.loss(batch, **d)[0], model.loss({**batch, "mask": mask}, **d)[0]
+    torch.testing.assert_close(half, 2 * whole, rtol=1e-12, atol=0)
+
+
+def test_length_one():
+    model = build(length=1)
+    loss, _ = model.loss(dict(tokens=torch.randint(11, (8, 1))))
+    loss.backward()
+    assert torch.isfinite(loss) and model.sample(2, 1, 4).shape == (2, 1)
+
+
+# --- learning --------------------------------------------------------------------------------------
+
+
+def fit(cfg, draw, steps):
+    """The bare loop: no training loop of common.py, as a reader would write it."""
+    torch.manual_seed(0)
+    model = RePlaid(cfg)
+    opt = torch.optim.AdamW(model.param_groups(), betas=(cfg.beta1, cfg.beta2))
+    peak = [g["lr"] for g in opt.param_groups]
+    for step in range(steps):
+        for g, lr in zip(opt.param_groups, peak):
+            g["lr"] = lr * min(1, step / cfg.warmup)
+        loss, _ = model.loss(dict(tokens=draw(step), rows=common.Rows(0, step, 0, cfg.batch, cfg.batch)))
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        opt.step()
+        model.after_step(step, torch.tensor(True))
+    return model.eval()
+
+
+def test_learns_a_markov_source_and_stays_above_its_entropy():
+    source = data.markov(V=4, L=4, seed=1, n=20_000)
+    cfg = Config(vocab=4, length=4, d_model=32, n_layer=2, n_head=2, cond_dim=16, d_embed=4, batch=64, lr=3e-3, warmup=50,
+                 bias_ramp=100, gate_init=0.5, schedule_width=128)
+    model = fit(cfg, lambda step: source.train_batch(0, step, 0, 64, 64)["tokens"], 500)
+    val = source.rows("val", range(2048))["tokens"]
+    terms = model.nll(val, times=8)
+    bound, se = terms["nll"].mean().item(), (terms["nll"].std() / len(val) ** 0.5).item()
+    unigram = 4 * source.unigram_entropy
+    print(f"bound {bound:.3f} +- {se:.3f}, entropy {source.entropy:.3f}, unigram {unigram:.3f} nats per row")
+    assert source.entropy - 4 * se < bound < source.entropy + 0.5 * (unigram - source.entropy)
+    assert replaid.variation(model.time_table(val, rounds=8)[0][:7]) < 0.3
