@@ -288,6 +288,8 @@ def elbo_head(u, W, b, zb, E, x, w_mse, w_ce, targets, live):
     """
     w_mse, w_ce, live = (r[:, None].expand(targets.shape).reshape(-1) for r in (w_mse, w_ce, live))
     u, zb, x = (r.flatten(0, 1) for r in (u, zb, x))
+    if not torch.is_grad_enabled():         # needs_input_grad ignores no_grad: parameters would cost their gradients
+        W, b, E = W.detach(), b.detach(), E.detach()
     loss, sq, ce = _ElboHead.apply(u, W, b, zb, E, x, w_mse, w_ce, targets.reshape(-1), live)
     return loss, sq.view(targets.shape), ce.view(targets.shape)
 
