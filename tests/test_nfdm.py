@@ -18,7 +18,7 @@ TOL = 1e-8                                  # float64 goldens, relative to the a
 
 def close(value, name, tol=TOL):
     want = G[name] if isinstance(name, str) else name
-    value, want = torch.as_tensor(value).detach().double().squeeze(), want.double().squeeze()
+    value, want = torch.as_tensor(value).detach().double().squeeze(), want.detach().double().squeeze()
     assert value.shape == want.shape, (tuple(value.shape), tuple(want.shape))
     error = float((value - want).abs().max() / want.abs().max().clamp(min=1e-30))
     assert error < tol, f"{name if isinstance(name, str) else ''}: relative error {error:.1e}"
@@ -141,6 +141,12 @@ def inputs(prefix):
     return G[f"{prefix}/in/tokens"], G[f"{prefix}/in/t"].double(), (G[f"{prefix}/in/eps"].double(), G[f"{prefix}/in/eps0"].double())
 
 
+def velocity(model, z, t):
+    """f(z, t) of the generative probability flow."""
+    path = model.process(model.predict(z, t), t)
+    return nfdm.drift((z - path[0]) / path[1], path)
+
+
 # --- goldens -------------------------------------------------------------------------------------------
 
 
@@ -159,13 +165,13 @@ def test_values_of_one_training_pass_match_the_official_code(prefix):
     close(g2.sqrt(), o + "g")
     close(z, o + "z")
     close(x_hat, o + "xhat")
-    f, e = nfdm.velocity(z, path)
-    f_hat, e_hat = nfdm.velocity(z, path_hat)
-    close(f, o + "f_ode")
-    close(f_hat, o + "r_ode")
-    close(nfdm.backward_drift(f, e, path[1], g2), o + "f_sde")
-    close(nfdm.backward_drift(f_hat, e_hat, path_hat[1], g2), o + "r_sde")
-    close(f_hat, o + "ode_drift")
+    eps_hat = (z - path_hat[0]) / path_hat[1]
+    close(nfdm.drift(eps, path), o + "f_ode")
+    close(nfdm.drift(eps_hat, path_hat), o + "r_ode")
+    close(nfdm.drift(eps_hat, path_hat), o + "ode_drift")
+    close(nfdm.drift(eps, path, g2), o + "f_sde")
+    close(nfdm.drift(eps_hat, path_hat, g2), o + "r_sde")
+    close(nfdm.drift(eps_hat, path_hat, g2), o + "sde_drift")
     close(nfdm.diffusion_element(eps, path, z, path_hat, g2), o + "loss_elem")
     close(model.reconstruction(x, tokens, eps0, torch.ones(tokens.shape))[1], o + "rec_tok")
     close(nfdm.nearest_rows(x_hat, model.embedding.weight), o + "xhat_clamped")
@@ -178,7 +184,7 @@ def test_values_of_one_training_pass_match_the_official_code(prefix):
         close(common._logits(model.process.start(x)[0].flatten(0, 1) + 0.1 * eps0.flatten(0, 1), model.embedding.weight,
                              model.bias, None, None, 0.0)[0].view(*tokens.shape, -1), o + "logits_z0")
         close(model.diffusion(x, t, torch.full_like(x, 0.5)), o + "elbo_diff_eps_half")
-        close(model.diffusion(x, t, eps, "x0"), o + "rescaled_mse_elem")
+        close((x - x_hat) ** 2, o + "rescaled_mse_elem")
         for name, value in zip(("m_tiny", "s_tiny"), model.process(x, torch.full_like(t, 1e-6))):
             close(value, o + name)
 
@@ -263,7 +269,7 @@ def test_probability_flow_density_matches_runge_kutta_with_the_exact_divergence(
     t = torch.full((1,), 0.3, dtype=torch.float64)
 
     def field(z):
-        return nfdm.velocity(z, model.process(model.clean(z, t), t))[0]
+        return velocity(model, z, t)
 
     close(field(z0), "toy/formula/ode_drift_at_z0_t0.3")
     jacobian = torch.autograd.functional.jacobian(field, z0).reshape(z0.numel(), -1)
@@ -279,11 +285,11 @@ def test_ode_bound_is_the_sum_of_its_terms_and_close_to_the_exact_one():
     model = toy().double()
     tokens = inputs("toy")[0]
     torch.manual_seed(1)
-    out = model.nll(tokens, likelihood="ode", ode_steps=32, probes=0)
+    out = model.nll(tokens, likelihood="ode", ode_steps=8, probes=0)
     close(out["nll"], out["rec"] + out["log_q"] - out["log_p"])
     torch.manual_seed(1)
-    fine = model.nll(tokens, likelihood="ode", ode_steps=64, probes=0)
-    close(out["nll"], fine["nll"], 1e-4)            # RK4: halving the step changes the figure by its order only
+    fine = model.nll(tokens, likelihood="ode", ode_steps=16, probes=0)
+    close(out["nll"], fine["nll"], 2e-3)            # RK4: halving the step changes little
 
 
 def test_fixed_schedules_and_their_derivatives():
@@ -295,7 +301,6 @@ def test_fixed_schedules_and_their_derivatives():
             assert torch.allclose(value[inner], want[inner], rtol=1e-6, atol=1e-12), (name, key)    # sqrt alpha at 1: 1e-6
     g = nfdm.Sqrt().markov_g2(t).sqrt().flatten()
     assert torch.allclose(g[inner], G["misc/g_sqrtvol"].double()[inner], rtol=1e-4)
-    close(nfdm.static_g2(t).sqrt(), "misc/g_staticvol")
 
 
 def test_learned_gammas():
@@ -304,28 +309,45 @@ def test_learned_gammas():
     vdm.load_state_dict(part("misc/gamma_vdm/w/"))
     for value, key in zip(vdm.double().gamma(t), ("g", "dg")):
         close(value, f"misc/gamma_vdm/{key}", 2e-5)                         # the official one is float32
-    mulan = nfdm.MuLAN(5, as_coded=True)
-    mulan.load_state_dict(part("misc/mulan/w/"))
-    for value, key in zip(mulan.double().gamma(t), ("g", "dg")):
-        close(value, f"misc/mulan/{key}")
-    mulan.as_coded = False                          # the exact derivative, against a central difference
+    mulan = load_mulan("misc/mulan/w/")
+    gamma, dot = mulan.gamma(t)
+    close(gamma, "misc/mulan/g")
+    close(official_dot(mulan, gamma, dot), "misc/mulan/dg")
     inner = common.bc(torch.linspace(0.05, 0.95, 10).double())
     numeric = (mulan.gamma(inner + 1e-6)[0] - mulan.gamma(inner - 1e-6)[0]) / 2e-6
-    close(mulan.gamma(inner)[1], numeric, 1e-7)
+    close(mulan.gamma(inner)[1], numeric, 1e-7)     # ours is the exact derivative, theirs is not
+
+
+def load_mulan(prefix):
+    w = part(prefix)
+    mulan = nfdm.MuLAN(len(w["l1.bias"])).double()
+    mulan.load_state_dict({k: v.double() for k, v in w.items()})
+    return mulan
+
+
+def official_dot(mulan, _, dot):
+    """Their derivative from ours: the polynomial's 1e-3 t left out above and below, clamped at 1e-3."""
+    h = F.silu(mulan.l2(F.silu(mulan.l1(torch.ones(1).double()))))
+    a, b, c = mulan.l3_a(h), mulan.l3_b(h), 1e-3 + F.softplus(mulan.l3_c(h))
+    P1 = (a * a / 5 + a * b / 2 + (b * b + 2 * a * c) / 3 + b * c + c * c + 1e-3)[:, None]
+    span = mulan.ends[1] - mulan.ends[0]
+    return (span * (dot * P1 / span - 1e-3) / (P1 - 1e-3)).clamp(min=1e-3)
 
 
 def test_mulan_loss_is_the_general_loss():
     # alpha x + sigma eps with sigma^2 gamma' as volatility: the closed form of the official class, from the one loss of 4.1
-    model, (tokens, t) = toy("mulan", forward="mulan"), inputs_mulan()
-    model.process.as_coded = True
+    tokens, t = G["mulan/in/tokens"], G["mulan/in/t"].double()
+    model = toy("mulan", forward="mulan")
+    exact = model.process.gamma
+    model.process.gamma = lambda t: (exact(t)[0], official_dot(model.process, *exact(t)))
     x, eps = model.embed(tokens), G["mulan/in/eps"].double()
     close(model.process.gamma(common.bc(t))[1], "mulan/out/dgamma")
+    close((-0.5 * model.process.gamma(common.bc(t))[0]).exp(), "mulan/out/exp_minus_half_gamma")
     close(model.diffusion(x, t, eps), "mulan/out/loss_elbo")
-    close(model.diffusion(x, t, eps, "x0"), "mulan/out/loss_x_0_prediction")
-
-
-def inputs_mulan():
-    return G["mulan/in/tokens"], G["mulan/in/t"].double()
+    path = model.process(x, t)
+    x_hat = model.predict(path[0] + path[1] * eps, t)
+    close(x_hat, "mulan/out/xhat")
+    close((x - x_hat) ** 2, "mulan/out/loss_x_0_prediction")
 
 
 def test_bucket_sampler_density_loss_and_gradient():
@@ -397,7 +419,7 @@ def test_boundaries_are_exact():
     assert (sigma - 0.1).abs().max() < 1e-5         # continuous at 0
 
 
-@pytest.mark.parametrize("forward", nfdm.FORWARD)
+@pytest.mark.parametrize("forward", nfdm.CHOICES["forward"])
 def test_time_derivatives_of_every_process(forward):
     model = small(forward=forward)
     x, t, eps = draws(model)
@@ -425,7 +447,7 @@ def test_oracle_predictor_has_no_loss_and_its_ode_ends_at_the_data():
 
         def f(z, t):
             time = torch.full((1,), t, dtype=z.dtype)
-            return nfdm.velocity(z, model.process(model.clean(z, time), time))[0]
+            return velocity(model, z, time)
 
         z, h = z1, 1 / 64
         for i in range(64):
@@ -437,7 +459,7 @@ def test_oracle_predictor_has_no_loss_and_its_ode_ends_at_the_data():
             z = z - h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         assert (z - (x + 0.1 * z1)).abs().max() < 1e-6
         errors = []
-        for n in (100, 1000):
+        for n in (50, 500):
             *_, (z, _) = model.trajectory(z1, n, sampler="ode")
             errors.append(float((z - (x + 0.1 * z1)).abs().max()))
         assert 7 < errors[0] / errors[1] < 13       # first order
@@ -468,8 +490,8 @@ def test_quadratic_expansion_and_the_optimal_volatility():
     path = model.process(x, t)
     z = path[0] + path[1] * eps
     path_hat = model.process(model.predict(z, t), t)
-    (f, e), (f_hat, e_hat) = nfdm.velocity(z, path), nfdm.velocity(z, path_hat)
-    de, ds = f - f_hat, -e / path[1] + e_hat / path_hat[1]
+    eps_hat = (z - path_hat[0]) / path_hat[1]
+    de, ds = nfdm.drift(eps, path) - nfdm.drift(eps_hat, path_hat), -eps / path[1] + eps_hat / path_hat[1]
     for g2 in (0.3, 1.0, 5.0):
         g2 = torch.tensor(g2, dtype=torch.float64)
         close(nfdm.diffusion_element(eps, path, z, path_hat, g2), de**2 / (2 * g2) - de * ds / 2 + g2 * ds**2 / 8, 1e-9)
@@ -510,8 +532,8 @@ def test_bucket_sampler_inverts_its_distribution_and_paired_weights_are_unbiased
     assert (t.diff() > 0).all() and abs(float((1 / p).mean()) - 1) < 1e-4               # density integrates to 1
     d = (3 * t).sin() + 2
     exact = (1 - math.cos(3)) / 3 + 2
-    assert abs(float(nfdm.importance_weighted(d, p, "paired", None)) - exact) < 1e-4
-    assert abs(float(nfdm.importance_weighted(d, p, "as_coded", (1 / p).mean())) - exact) > 1e-2
+    assert abs(float((d / p).mean()) - exact) < 1e-4                                    # what loss does with `paired`
+    assert abs(float(d.mean() * (1 / p).mean()) - exact) > 1e-2                         # and with `as_coded`
     # property 8: gradient of the moment = 2 x gradient of the estimator's variance, samples held fixed
     for scale in (2.0,):
         logits = times.logits.detach().clone().requires_grad_()
@@ -705,7 +727,7 @@ def test_bound_falls_and_stays_above_the_entropy():
 
 
 @pytest.mark.parametrize("keys", [dict(forward="circle"), dict(is_weights="both"), dict(volatility="markov"), dict(delta=0.0),
-                                  dict(rec_weight=-1.0), dict(fwd_heads=3), dict(objective="mse")])
+                                  dict(rec_weight=-1.0), dict(fwd_heads=3), dict(volatility="static")])
 def test_bad_configuration_is_refused_in_one_line(keys):
     with pytest.raises(common.UserError) as error:
         small(**keys)
