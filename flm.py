@@ -104,7 +104,9 @@ def time_table(V):
     g, weight = hermite()
     m = t / (1 - t).clamp_min(1e-12)
     q = (weight * ((V - 1) * torch.special.log_ndtr(g + m[:, None])).exp()).sum(-1)
-    return t, (V / (V - 1) * (q - 1 / V) + (t - 1) * FLOOR).clamp(0, 1)
+    tau = (V / (V - 1) * (q - 1 / V) + (t - 1) * FLOOR).clamp(0, 1)
+    tau[-1] = 1                             # the weights add up to 1 within rounding
+    return t, tau
 
 
 def hermite():
@@ -159,9 +161,11 @@ class TimeChange(nn.Module):
 
     def grid(self, steps):
         """Sampler times (tau_i, t_i) [steps + 1] float64, tau_i = i / steps; a sampler's only host read."""
-        tau = torch.arange(min(steps, FLOAT32_STEPS) + 1, dtype=torch.float64, device=self.t.device) / steps
+        sane = 1 <= steps <= FLOAT32_STEPS
+        tau = torch.arange(steps + 1 if sane else 1, dtype=torch.float64, device=self.t.device)
+        tau = tau / max(1, steps)
         t = self.t_of(tau)
-        if steps < 1 or steps > FLOAT32_STEPS or bool((t[1:] <= t[:-1]).any()):
+        if not sane or bool((t[1:] <= t[:-1]).any()):
             raise data.UserError(f"steps={steps}: the time grid resolves 1 to {FLOAT32_STEPS} steps")
         return tau, t
 
