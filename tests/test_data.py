@@ -1,0 +1,550 @@
+"""data.py: golden values of the data page, packing, preparation and its faults, batches, metrics. No network, no big files.
+
+CORPORA_FROM=FOLDER python -m pytest tests/test_data.py --slow   also prepares every corpus whose files FOLDER holds.
+"""
+import http.server
+import json
+import lzma
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "data.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def prose():
+    return data.load("prose", "char", 64)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    try:
+        return data.BPE("gpt2")
+    except UserError as e:
+        pytest.skip(f"GPT-2's vocabulary is not at hand: {e}")
+
+
+def fails(match, action, *args, **keys):
+    """The call ends in a UserError of one line that matches."""
+    with pytest.raises(UserError, match=match) as caught:
+        action(*args, **keys)
+    assert "\n" not in str(caught.value)
+
+
+def story(n, seed=0, words=("low", "lower", "new", "newer", "wide", "it's", "2024,", "the")):
+    rng = np.random.default_rng(seed)
+    return [" ".join(words[i] for i in rng.integers(0, len(words), rng.integers(3, 40))) + " ." for _ in range(n)]
+
+
+def ptb_folder(path, sizes=dict(train=2500, valid=1200)):
+    path.mkdir(exist_ok=True)
+    for seed, (split, n) in enumerate(sizes.items()):
+        with lzma.open(path / f"ptb.{split}.txt.xz", "wt") as f:
+            f.writelines(f" {line}\n" for line in story(n, seed))
+    return path
+
+
+PTB = dict(tokenizer="bpe300", length=32, check=False, workers=1)
+
+
+# --- golden values ------------------------------------------------------------------------------
+
+def test_gpt2_ids_equal_golden(gpt2):
+    for text, ids in GOLDEN["gpt2"]:
+        assert list(gpt2.encode(text)) == ids and (not ids or gpt2.decode(ids) in (text, ""))
+
+
+def test_gpt2_ids_equal_tiktoken_on_a_megabyte(gpt2, prose):
+    import tiktoken
+    text = data.prose_text()[0]
+    assert np.array_equal(gpt2.encode(text), tiktoken.get_encoding("gpt2").encode_ordinary(text))
+
+
+def test_detokenisers_equal_golden():
+    names = {"wt": "wikitext", "scientific_papers": "papers"}
+    for name, cases in GOLDEN["detokenizers"].items():
+        for before, after in cases:
+            assert data.DETOKENIZERS[names.get(name, name)](before) == after, name
+
+
+def test_packing_equals_golden():
+    docs = GOLDEN["packing"]["docs"]
+    for case in GOLDEN["packing"]["cases"]:
+        rows, end = case["rows_per_batch"], [case["eos"]] * case["insert_eos"]
+        batches = [sum((d + end for d in docs[i:i + rows]), []) for i in range(0, len(docs), rows)]
+        blocks = [data.pack(np.array(b), case["block"], case["bos"], case["eos"])[0] for b in batches]
+        assert np.concatenate(blocks).tolist() == case["blocks"]
+
+
+def test_trained_bpe_equals_golden():
+    case = GOLDEN["bpe"]
+    merges = data.train_bpe(case["text"], case["vocab_size"])
+    assert [m.decode() for m in merges] == case["tokens_from_256"]
+    assert data.BPE("bpe", merges).encode(case["text"]).tolist() == case["ids"]
+
+
+def test_gen_ppl_mask_entropy_and_pooling_equal_golden():
+    case = GOLDEN["gen_ppl"]
+    counted = data.scored_targets(np.array(case["ids"]), case["eos"])
+    assert counted.tolist() == np.array(case["counted_targets_bool"], dtype=bool).tolist()
+    assert math.exp(np.array(case["nll"])[counted].mean()) == pytest.approx(case["ppl_bool"], rel=1e-12)
+    rows, values = zip(*GOLDEN["entropy_nats"])
+    assert data.entropies(rows) == pytest.approx(values, abs=1e-12)
+    assert data.entropy(rows) == pytest.approx(GOLDEN["entropy_mean_nats"], abs=1e-12)
+
+
+def test_bleu_and_rouge_equal_golden():
+    case = GOLDEN["bleu"]
+    assert data.bleu(case["hyp"], case["ref"]) == pytest.approx(case["corpus_bleu_lc_eff"], rel=1e-9)
+    assert data.bleu(case["hyp"], case["ref"], False, False) == pytest.approx(case["corpus_bleu_default"], rel=1e-9)
+    assert data.bleu(case["hyp"][:1], case["ref"][:1]) == pytest.approx(case["first_only"], rel=1e-9)
+    assert data.bleu(["the cat"], ["the cat"]) == pytest.approx(case["short"], rel=1e-9)
+    assert data.bleu([""], ["a"]) == data.bleu([], []) == 0
+    assert [" ".join(data.tokenize_13a(t)) for t, _ in case["tok13a"]] == [out for _, out in case["tok13a"]]
+    for pair, want in zip(GOLDEN["rouge"], GOLDEN["rouge_no_stemmer"]):
+        assert data.rouge(pair["hyp"], pair["ref"]) == pytest.approx(want, rel=1e-9)
+
+
+def test_diversity_memorisation_clean_up_and_mauve_equal_golden():
+    case = GOLDEN["nfdm_metrics"]
+    assert [data.WORD.findall(t) for t in case["generated"]] == case["tokens"]
+    for n, value in case["repetition"].items():
+        assert 1 - data.distinct_n(case["tokens"], int(n)) == pytest.approx(value, abs=1e-12)
+    assert data.diversity(case["tokens"]) == pytest.approx(case["diversity"], abs=1e-12)
+    reference = [data.WORD.findall(t) for t in case["train"]]
+    assert data.memorised(case["tokens"], reference) == pytest.approx(case["memorization"], abs=1e-12)
+    assert [data.clean_up_story(t) for t, _ in GOLDEN["nfdm_postprocess"]] == [out for _, out in GOLDEN["nfdm_postprocess"]]
+    case = GOLDEN["mauve_hist"]
+    for other in "qpz":
+        assert data.mauve(case["p"], case[other]) == pytest.approx(case[f"mauve_p{other}"], abs=1e-6)
+
+
+def test_grammar_equals_golden():
+    case = GOLDEN["grammar"]
+    assert data.grammar_entropy() == pytest.approx(case["H_nats"], rel=1e-9)
+    for sentence, logprob in case["samples"]:
+        assert data.grammar_logprob(sentence) == pytest.approx(logprob, rel=1e-12)
+    for wrong in ("the dog run .", "a dogs run .", "the dog that see a cat runs .", "the dog that sees a big cat runs .", "the", ""):
+        assert data.grammar_logprob(wrong) == -math.inf
+    ids = data.load("grammar", length=18).rows("val", range(4096))["tokens"]
+    nll = -np.array([data.grammar_logprob(row) for row in ids])
+    assert abs(nll.mean() - case["H_nats"]) < 5 * nll.std() / 64
+
+
+# --- tokenizers ---------------------------------------------------------------------------------
+
+def test_byte_level_tokenizers_round_trip_any_text():
+    rng = np.random.default_rng(0)
+    text = "".join(map(chr, rng.integers(0, 0xD800, 3000))) + "\0 \r\n\t\x7f\U0001f642<|endoftext|>"
+    for tok in (data.BPE("byte"), data.make_tokenizer("bpe400", " ".join(story(200)))):
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text and max(ids) < tok.vocab
+        raw = bytes(rng.integers(0, 256, 5000).astype(np.uint8))               # bytes that are no text at all
+        assert tok.encoding.decode_bytes(list(raw)) == raw
+
+
+def test_trained_bpe_equals_recounting_after_every_merge():
+    text = " ".join(story(60, 5))
+    pieces = [list(p.encode()) for p in __import__("regex").findall(data.PIECES, text)]
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < 300:
+        counts = data.Counter(pair for p in pieces for pair in zip(p, p[1:]))
+        best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+        if best is None or counts[best] < 2:
+            break
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        for p in pieces:
+            i = 0
+            while i + 1 < len(p):
+                if (p[i], p[i + 1]) == best:
+                    p[i:i + 2] = [len(tokens) - 1]
+                i += 1
+    assert data.train_bpe(text, 300) == tokens[256:]
+
+
+def test_wordpiece_follows_the_rules_of_bert(tmp_path):
+    words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cafe", "##s", "un", "##do", "!", "\u6570"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    tok, id = data.WordPiece(tmp_path / "vocab.txt"), words.index
+    assert tok.encode("Caf\u00e9s! undo\u6570x \0\ufffd cafe" + "s" * 100).tolist() == [
+        id("cafe"), id("##s"), id("!"), id("un"), id("##do"), id("\u6570"), 100, 100]
+    assert tok.decode([id("un"), id("##do"), id("!"), 0]) == "undo!"
+    (tmp_path / "other.txt").write_text("a\nb")
+    fails("not the vocabulary of bert", data.WordPiece, tmp_path / "other.txt")
+
+
+def test_unigram_finds_the_best_split_and_merges_unknowns(tmp_path):
+    pieces = [("<pad>", 0.), ("</s>", 0.), ("<unk>", 0.), ("\u2581", -2.), ("a", -3.), ("b", -3.), ("ab", -4.), ("\u2581ab", -9.)]
+    model = b""
+    for piece, score in pieces:
+        inner = b"\x0a" + bytes([len(piece.encode())]) + piece.encode() + b"\x15" + np.float32(score).tobytes() + b"\x18\x01"
+        model += b"\x0a" + bytes([len(inner)]) + inner
+    (tmp_path / "m").write_bytes(model + b"\x12\x02\x18\x01")                   # a trainer block follows the pieces
+    tok = data.Unigram(tmp_path / "m")
+    assert tok.vocab == 8 + 100
+    assert tok.encode(" ab  abzzb\uff41").tolist() == [3, 6, 3, 6, 2, 5, 4]      # -6 beats -9; zz is one unknown; NFKC
+    assert tok.decode([3, 6, 3, 5, 1, 4]) == "ab b"
+    (tmp_path / "m").write_bytes(model[:-7])
+    fails("not T5's", data.Unigram, tmp_path / "m")
+
+
+# --- built-in corpora and text of your own ------------------------------------------------------
+
+def test_prose_is_split_by_content_and_has_the_page_s_entropies(prose):
+    train, val = (set(t.split("\n\n")) for t in data.prose_text())
+    assert not train & val and all(data.zlib.crc32(p.encode()) % 10 == 0 for p in val)
+    assert 0.08 < len(val) / len(train | val) < 0.12
+    refs = prose.references()
+    assert refs["unigram"] / math.log(2) == pytest.approx(4.55, abs=0.05)       # bits per character, data page 7.4
+    assert refs["bigram"] / math.log(2) == pytest.approx(3.57, abs=0.05)
+    assert prose.unigram_entropy == pytest.approx(refs["unigram"], abs=0.01)
+    assert prose.bytes_per_token() == 1 and prose.decode(prose.encode("Hello.")) == "Hello."
+    fails("does not occur", prose.encode, "\u6570")
+
+
+def test_bytes_of_all_tokens_add_up_to_the_text(tmp_path):
+    text = "\n".join(story(400)) + " na\u00efve caf\u00e9 "
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    for tokenizer in ("byte", "bpe300"):
+        corpus = data.load(str(tmp_path / "t.txt"), tokenizer, 16)
+        n = {s: len(corpus.splits[s].tokens) for s in ("train", "val")}
+        assert sum(round(corpus.bytes_per_token(s) * n[s]) for s in n) == len(text.encode())
+
+
+def test_text_that_cannot_be_used_ends_in_one_line(tmp_path):
+    cases = {"empty.txt": b"", "blank.txt": b" \n\n", "latin.txt": "caf\u00e9".encode("latin-1"), "bin.txt": b"a\0b" * 500,
+             "short.txt": b"abc", "one.txt": b"a"}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        for tokenizer in ("char", "byte", "bpe300"):
+            fails("no text|not UTF-8|binary file|less than one row", data.load, str(tmp_path / name), tokenizer, 64)
+    (tmp_path / "folder").mkdir()
+    fails("no text file", data.load, str(tmp_path / "folder"))
+    fails("no corpus, file or folder", data.load, str(tmp_path / "nothing"))
+    fails("tokenizer 'bpe7'", data.load, "prose", "bpe7")
+    fails("at least one token", data.load, "prose", "char", 0)
+    (tmp_path / "folder" / "b.md").write_text("b" * 500)
+    (tmp_path / "folder" / "a.txt").write_text("a" * 500)
+    corpus = data.load(str(tmp_path / "folder"), "char", 16)
+    assert corpus.decode(corpus.rows("train", [0])["tokens"][0]) == "a" * 16 and corpus.n_rows("val") == 100 // 16
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone(prose):
+    for corpus in (prose, data.load("markov4", length=4), data.load("reverse")):
+        whole = corpus.train_batch(3, 7, 0, 8, 8)
+        halves = [corpus.train_batch(3, 7, first, 4, 8) for first in (0, 4)]
+        for key, value in whole.items():
+            parts = [h[key] for h in halves]
+            assert torch.equal(value, parts[0] if key.startswith("global") else torch.cat(parts)), key
+        assert torch.equal(whole["tokens"], corpus.train_batch(3, 7, 0, 8, 8)["tokens"])
+        assert not torch.equal(whole["tokens"], corpus.train_batch(3, 8, 0, 8, 8)["tokens"])
+        assert not torch.equal(whole["tokens"], corpus.train_batch(4, 7, 0, 8, 8)["tokens"])
+
+
+def test_an_epoch_of_blocks_shows_every_row_once():
+    rows = np.arange(40).reshape(10, 4)
+    corpus = data.Corpus("ten", data.Words("ten", [str(i) for i in range(40)]), 4, "blocks", {"train": data.Split(rows.ravel(), 0)})
+    seen = torch.cat([corpus.train_batch(0, step, 0, 4, 4)["tokens"] for step in range(5)])
+    assert sorted(seen[:10, 0].tolist()) == sorted(seen[10:, 0].tolist()) == list(range(0, 40, 4))
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+def test_markov_source_has_the_stated_entropy():
+    corpus = data.markov(4, 6)
+    held_out = corpus.rows("val", range(4096))["tokens"]
+    bigram = corpus.judge().token_nll(held_out, order=2).sum(1)
+    assert abs(bigram.mean() - corpus.entropy) < 5 * bigram.std() / 64
+    assert np.allclose(corpus.chain[0] @ corpus.chain[1], corpus.chain[0])
+
+
+def test_pairs_are_padded_with_eos_and_carry_lengths(tmp_path):
+    (tmp_path / "p.tsv").write_text("".join(f"abc{i}\txyz{i}\n" for i in range(30)))
+    corpus = data.load(str(tmp_path / "p.tsv"), "char", 12)
+    assert corpus.conditional and corpus.has_mask and corpus.special["eos"] == 1
+    batch = corpus.rows("train", [0, 1])
+    for row, mask, c in zip(batch["tokens"], batch["mask"], batch["cond_len"]):
+        n = int(mask.sum())
+        assert corpus.decode(row[:c]).startswith("abc") and corpus.decode(row[c:]).startswith("xyz")
+        assert (row[n:] == 1).all() and (row[:n] > 1).all() and mask[:n].all()
+    short = data.load(str(tmp_path / "p.tsv"), "char", 12, max_source=2)
+    assert short.rows("train", [0])["cond_len"].item() == 2
+    batch = corpus.train_batch(0, 0, 2, 2, 6)
+    assert batch["global_len"].shape == batch["global_cond"].shape == (6,)
+    assert batch["global_len"][2:4].tolist() == batch["mask"].sum(1).tolist()
+
+
+@pytest.mark.parametrize("line, said", [("no tab", "line 3: 0 tabs"), ("a\t", "line 3: the target is empty"),
+                                        ("\tb", "line 3: the source is empty"), ("a\tb\tc", "line 3: 2 tabs")])
+def test_a_broken_pair_is_named_by_line(tmp_path, line, said):
+    (tmp_path / "p.tsv").write_text("ab\tcd\nef\tgh\n" + line + "\nij\tkl\n")
+    fails(said, data.load, str(tmp_path / "p.tsv"), "char", 12, 11)
+    (tmp_path / "p.tsv").write_text("ab\tcd\n")
+    fails("at least 2", data.load, str(tmp_path / "p.tsv"))
+    fails("leaves no room", data.load, str(tmp_path / "p.tsv"), "char", 12, 12)
+
+
+def test_reverse_is_a_disjoint_conditional_task():
+    corpus, words = data.load("reverse"), {}
+    for split in ("train", "val"):
+        batch = corpus.rows(split, range(500 if split == "train" else corpus.n_rows("val")))
+        words[split] = {corpus.decode(r[:c]) for r, c in zip(batch["tokens"], batch["cond_len"])}
+        assert all(corpus.decode(r[:c])[::-1] == corpus.decode(r[c:]) for r, c in zip(batch["tokens"], batch["cond_len"]))
+    assert not words["train"] & words["val"] and {len(w) for w in words["val"]} == set(range(4, 11))
+
+
+# --- metrics ------------------------------------------------------------------------------------
+
+def test_judge_equals_a_literal_witten_bell_and_sums_to_one():
+    rng = np.random.default_rng(0)
+    train, V = rng.integers(0, 4, (50, 7)), 5
+
+    def p(context, w):                                                          # the definition, word for word
+        lower = p(context[1:], w) if context else 1 / V
+        after = [r[i + len(context)] for r in train for i in range(7 - len(context)) if list(r[i:i + len(context)]) == context]
+        return (after.count(w) + len(set(after)) * lower) / (len(after) + len(set(after))) if after else lower
+    judge, rows = data.NgramJudge(train, V), rng.integers(0, V, (6, 7))
+    want = [[-math.log(p(list(r[max(0, i - 2):i]), r[i])) for i in range(7)] for r in rows]
+    assert judge.token_nll(rows) == pytest.approx(np.array(want), rel=1e-12)
+    ends = np.concatenate([np.tile([[1, 2]], (V, 1)), np.arange(V)[:, None]], axis=1)
+    assert np.exp(-judge.token_nll(ends)[:, 2]).sum() == pytest.approx(1, rel=1e-12)
+
+
+def test_judge_ranks_text_above_shuffled_text_above_noise(prose):
+    table, lines = prose.sample_metrics(prose.rows("val", range(0, 600, 10))["tokens"])
+    nll = {k: v["judge_nll"] for k, v in table.items()}
+    assert nll["samples"] < 2.1 and abs(nll["samples"] - nll["held-out text"]) < 0.3
+    assert nll["held-out text"] + 2 < nll["unigram text"] < nll["uniform noise"] - 2
+    assert table["samples"]["words_in_corpus"] > 0.9 and len(lines) > 4
+    copied = prose.sample_metrics(prose.rows("train", range(50))["tokens"])[0]["samples"]
+    assert copied["copied_8grams"] == 1 > table["samples"]["copied_8grams"]
+    assert prose.sample_metrics(prose.uniform_sample(50, 64))[0]["samples"]["words_in_corpus"] < 0.5
+
+
+# --- preparation --------------------------------------------------------------------------------
+
+def test_a_prepared_corpus_opens_as_written_and_a_second_run_does_nothing(tmp_path, capsys):
+    source, root = ptb_folder(tmp_path / "from"), tmp_path / "corpora"
+    assert "absent" in next(line for line in data.listing(root).splitlines() if line.startswith("ptb "))
+    meta = data.read_meta(data.prepare("ptb", source, root, **PTB))
+    before = {p: p.stat().st_mtime_ns for p in (root / "ptb").iterdir()}
+    data.prepare("ptb", source, root, **PTB)
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in (root / "ptb").iterdir()}
+    assert "ready (bpe300-32: train, val)" in data.listing(root) and data.is_ready("ptb", root) and not data.is_ready("lm1b", root)
+    corpus = data.load("ptb", "bpe300", 32, root=root)
+    tok, lines = corpus.tok, story(1200, 1)
+    blocks = [data.pack(np.concatenate([tok.encode(t) for t in lines[i:i + 1000]]), 32, tok.eos, tok.eos)[0] for i in (0, 1000)]
+    assert np.array_equal(corpus.rows("val", range(corpus.n_rows("val")))["tokens"].numpy(), np.concatenate(blocks))
+    assert meta["splits"]["val"]["tokens"] == sum(len(tok.encode(t)) for t in lines)
+    total = sum(len(t) for t in lines)
+    assert corpus.bytes_per_token() == pytest.approx(total / meta["splits"]["val"]["tokens"] * 30 / 32, rel=1e-3)
+    fails("prepared with packing=compat", data.prepare, "ptb", source, root, **PTB, packing="global")
+    fails(r"python data.py ptb --tokenizer=bpe300 --length=64", data.load, "ptb", "bpe300", 64, root=root)
+    fails(r"not prepared; run: python data.py lm1b$", data.load, "lm1b", length=128, root=root)
+
+
+def test_packing_modes_insert_eos_and_processes(tmp_path):
+    source = ptb_folder(tmp_path / "from")
+    metas = {}
+    for key, extra in dict(one={}, two=dict(workers=2), all=dict(packing="global"), eos=dict(insert_eos=True),
+                           pad=dict(packing="pad")).items():
+        metas[key] = data.read_meta(data.prepare("ptb", source, tmp_path / key, **{**PTB, **extra}))["splits"]["train"]
+    assert metas["one"]["files"] == metas["two"]["files"]                       # bit for bit, whatever the number of cores
+    batches = [story(2500)[i:i + 1000] for i in (0, 1000, 2000)]
+    tok = data.load("ptb", "bpe300", 32, root=tmp_path / "one").tok
+    counts = [sum(len(tok.encode(t)) for t in b) for b in batches]
+    assert metas["one"]["blocks"] == sum(c // 30 for c in counts) < metas["all"]["blocks"] + 2
+    assert metas["all"]["blocks"] == sum(counts) // 30
+    assert metas["eos"]["blocks"] == sum((c + len(b)) // 30 for c, b in zip(counts, batches))
+    padded = data.load("ptb", "bpe300", 24, root=tmp_path / "pad")
+    row = padded.rows("train", [0])
+    assert padded.has_mask and row["tokens"][0, 0] == tok.eos and row["mask"].sum() == min(24, len(tok.encode(story(1)[0])) + 2)
+
+
+def test_words_stories_and_meaning_texts(tmp_path):
+    stories = story(300, 3, ("He", "didn't", "go", "to", "Mr.", "Li's", "house.", "rare"))[:250]
+    for split in ("train", "valid"):
+        (tmp_path / f"roc_{split}.json").write_text("\n".join(json.dumps([s]) for s in stories + ["odd words"]))
+    data.prepare("roc", tmp_path, tmp_path, workers=1)
+    corpus = data.load("roc", length=16, root=tmp_path)
+    row = corpus.rows("val", [250])["tokens"][0]
+    assert row.tolist() == [0, 2, 2, 1] + 12 * [3] and not corpus.has_mask      # rare words are UNK, PAD counts
+    text = corpus.decode(corpus.rows("val", [0])["tokens"][0])
+    assert all(w in text.split() for w in ("did", "n't")) or "didn't" not in stories[0]
+    (tmp_path / "trainset.csv").write_text("mr,ref\n" + '"name[A], food[B]","A, serves\nB."\n' * 12)
+    (tmp_path / "src1_valid.txt").write_text("name : A | food : B||A , serves B . \n")
+    data.prepare("e2e", tmp_path, tmp_path, workers=1)
+    corpus = data.load("e2e", root=tmp_path)
+    assert corpus.n_rows("train") == 12 and corpus.vocab == 4 + 5
+    assert corpus.decode(corpus.rows("train", [3])["tokens"][0]) == corpus.decode(corpus.rows("val", [0])["tokens"][0]) == "A , serves B ."
+
+
+def test_parallel_text_and_text8_and_archives(tmp_path):
+    with zipfile.ZipFile(tmp_path / "text8.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("text8", "the quick brown fox jumps over " * 2000)
+    data.prepare("text8", tmp_path, tmp_path, check=False, workers=1)
+    corpus = data.load("text8", length=256, root=tmp_path)
+    assert corpus.vocab == 27 and corpus.n_rows("train") == 62000 * 18 // 20 // 256 and corpus.n_rows("test") == 3100 // 256
+    whole = (tmp_path / "text8.zip").read_bytes()
+    (tmp_path / "text8.zip").write_bytes(whole[:len(whole) // 2])
+    fails("text8.zip is truncated or damaged", data.prepare, "text8", tmp_path, tmp_path / "b", check=False, workers=1)
+    (tmp_path / "ptb.valid.txt.xz").write_bytes(lzma.compress(b"a b c\n" * 9999)[:-20])
+    fails("ptb.valid.txt.xz is truncated or damaged", data.prepare, "ptb", tmp_path, tmp_path / "b", **PTB)
+    assert not list((tmp_path / "b").rglob("*.json"))
+    fails("none of the files of roc", data.prepare, "roc", tmp_path, tmp_path / "b")
+
+
+def test_wrong_checksum_is_refused_by_name(tmp_path):
+    source = ptb_folder(tmp_path / "from")
+    fails("ptb.train.txt.xz is not the published ptb.train.txt", data.prepare, "ptb", source, tmp_path, "bpe300", 32)
+    assert not list(tmp_path.glob("ptb/*.json"))
+
+
+def test_pairs_of_files_must_have_equal_lengths(tmp_path):
+    for split, n in (("train", 40), ("val", 20)):
+        for side in ("de", "en"):
+            (tmp_path / f"{split}.{side}").write_text("".join(f"{t}\n" for t in story(n, 7)))
+    data.prepare("multi30k", tmp_path, tmp_path, tokenizer="bpe300", workers=1)
+    corpus = data.load("multi30k", "bpe300", 128, root=tmp_path)
+    batch = corpus.rows("val", [5])
+    c, n = int(batch["cond_len"]), int(batch["mask"].sum())
+    assert corpus.decode(batch["tokens"][0, :min(c, 64)]) == corpus.decode(batch["tokens"][0, c:n])[:10 ** 6][:len(
+        corpus.decode(batch["tokens"][0, :min(c, 64)]))]
+    (tmp_path / "val.en").write_text("one\n")
+    fails("val.de.*val.en.*line 2", data.prepare, "multi30k", tmp_path, tmp_path / "b", tokenizer="bpe300", workers=1)
+
+
+def test_killed_preparation_leaves_nothing_that_opens(tmp_path):
+    (tmp_path / "text8").write_text("the quick brown fox jumps over the lazy dog " * 400_000)
+    command = [sys.executable, str(ROOT / "data.py"), "text8", f"--from={tmp_path}", f"--out={tmp_path / 'c'}", "--check=false"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 60
+    while not list((tmp_path / "c").rglob("*_train.bin.part")) and time.time() < deadline:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL and not list((tmp_path / "c").rglob("*.json"))
+    fails("not prepared; run: python data.py text8", data.load, "text8", length=256, root=tmp_path / "c")
+    assert "partial" in data.listing(tmp_path / "c")
+    data.prepare("text8", tmp_path, tmp_path / "c", check=False, workers=1)
+    assert data.load("text8", length=256, root=tmp_path / "c").n_rows("train") > 1000
+    assert not list((tmp_path / "c").rglob("*.part"))
+
+
+def test_damage_to_a_prepared_corpus_is_told_in_one_line(tmp_path):
+    meta = data.prepare("ptb", ptb_folder(tmp_path / "from"), tmp_path, **PTB)
+    tokens, text, rng = meta.parent / "bpe300-32_val.bin", meta.read_bytes(), np.random.default_rng(0)
+    good = tokens.read_bytes()
+    for content, said in ((good[:-2], "bytes, its meta file says"), (good + b"\0\0", "bytes, its meta file says"),
+                          (good[:1000] + b"\xff\xff" + good[1002:], "id 65535, beyond the vocabulary")):
+        tokens.write_bytes(content)
+        fails(said, data.load, "ptb", "bpe300", 32, root=tmp_path)
+    tokens.write_bytes(good)
+    for _ in range(300):                                                        # flipped, cut, doubled and foreign meta files
+        i, broken = rng.integers(len(text)), bytearray(text)
+        kind = rng.integers(4)
+        broken = [broken[:i], broken + broken[i:], bytearray(b'{"a": [1]}')][kind] if kind < 3 else broken
+        if kind == 3:
+            broken[i] ^= 1 << rng.integers(8)
+        meta.write_bytes(broken)
+        try:
+            changed = json.loads(broken) != json.loads(text)
+        except ValueError:
+            changed = True
+        if changed:
+            fails("is damaged", data.load, "ptb", "bpe300", 32, root=tmp_path)
+    meta.write_bytes(text)
+    tokens.unlink()
+    fails("has no bytes", data.load, "ptb", "bpe300", 32, root=tmp_path)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    content, cut, asked = bytes(range(256)) * 4096, 0, []
+
+    def do_GET(self):
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.asked.append(start)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        self.wfile.write(self.content[start:Server.cut or None])
+
+    def log_message(self, *args):
+        pass
+
+
+def test_download_resumes_and_checks(tmp_path):
+    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, sha = f"http://127.0.0.1:{server.server_port}/f", data.hashlib.sha256(Server.content).hexdigest()
+    try:
+        Server.cut = 600_000
+        fails("stopped at 600,000 of 1,048,576 bytes|failed", data.download, url, tmp_path / "f", sha)
+        Server.cut = 0
+        data.download(url, tmp_path / "f", sha)
+        assert (tmp_path / "f").read_bytes() == Server.content and Server.asked == [0, 600_000]
+        fails("wrong checksum", data.download, url, tmp_path / "g", "0" * 64)
+        assert not list(tmp_path.glob("g*"))
+    finally:
+        server.shutdown()
+        server.server_close()
+    fails("download of .* failed", data.download, url, tmp_path / "h")
+
+
+def test_command_line_errors_are_one_line_and_status_2(tmp_path, capsys):
+    for argv, said in ((["openwebtxt"], "openwebtext"), (["ptb", "--lenght=3"], "--lenght=3"), (["ptb", "--length=x"], "--length"),
+                       (["ptb", "--packing=tight"], "compat"), (["ptb", "--check=maybe"], "check"),
+                       (["ptb", f"--from={tmp_path / 'none'}"], "not a folder"), (["ptb", f"--from={tmp_path}"], "none of the files"),
+                       (["ptb", f"--from={tmp_path}", "--length=2"], "length=2")):
+        fails(said, data.main, [*argv, f"--out={tmp_path / 'c'}"])
+    data.main([f"--out={tmp_path / 'c'}"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in data.RECIPES) and "absent" in out
+    done = subprocess.run([sys.executable, str(ROOT / "data.py"), "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+# --- the real files -----------------------------------------------------------------------------
+
+# (corpus, options): {split: (tokens before packing, blocks)}: data page sections 2.3 and 10
+PUBLISHED = [("ptb", {}, {"val": (78_403, 74), "test": (87_374, 83)}),
+             ("ptb", dict(insert_eos=True), {"val": (78_403 + 3_370, 77), "test": (87_374 + 3_761, 86)}),
+             ("wikitext2", {}, {"test": (270_438, 262)}), ("wikitext2", dict(insert_eos=True), {"test": (274_796, 267)}),
+             ("lambada", {}, {"val": (423_590, 412)}), ("lambada", dict(insert_eos=True), {"val": (428_743, 417)}),
+             ("ag_news", {}, {"val": (391_395, 380)}), ("ag_news", dict(insert_eos=True), {"val": (398_995, 386)})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, options, splits", PUBLISHED)
+def test_real_corpora_have_the_published_counts(tmp_path, gpt2, name, options, splits):
+    if "CORPORA_FROM" not in os.environ:
+        pytest.skip("set CORPORA_FROM to a folder with the files of the corpora")
+    meta = data.read_meta(data.prepare(name, os.environ["CORPORA_FROM"], tmp_path, **options))
+    for split, (tokens, blocks) in splits.items():
+        assert (meta["splits"][split]["tokens"], meta["splits"][split]["blocks"]) == (tokens, blocks)
+    assert data.load(name, length=1024, root=tmp_path).describe()
+
+
+@pytest.mark.slow
+def test_bert_and_t5_ids_equal_golden():
+    folder = pathlib.Path(os.environ.get("CORPORA_FROM", "none")) / "tokenizers"
+    if not folder.is_dir():
+        pytest.skip("set CORPORA_FROM to a folder with tokenizers/bert-base-uncased-vocab.txt and tokenizers/t5-spiece.model")
+    for name, tok in (("bert-base-uncased", data.WordPiece(folder / "bert-base-uncased-vocab.txt")),
+                      ("t5", data.Unigram(folder / "t5-spiece.model"))):
+        for text, ids in GOLDEN[name]:
+            assert tok.encode(text).tolist() == ids
