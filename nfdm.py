@@ -408,8 +408,8 @@ class Learned(nn.Module):
 
 
 def drift(eps, path, g2=0.0):
-    """Backward drift f - g^2/2 score at noise eps: f = mu_dot + sigma_dot eps, score = -eps / sigma. Without g2
-    it is f, the velocity dz/dt along fixed noise. path = process(x, t)."""
+    """Backward drift f - g^2/2 score at noise eps: f = mu_dot + sigma_dot eps, score = -eps / sigma. Without
+    g2 it is f, the velocity dz/dt along fixed noise. path = process(x, t)."""
     _, sigma, mu_dot, sigma_dot = path
     return mu_dot + sigma_dot * eps + 0.5 * g2 * eps / sigma
 

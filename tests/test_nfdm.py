@@ -15,7 +15,7 @@ from nfdm import NFDM, Config
 
 G = golden("nfdm")
 TOL = 1e-8                                  # float64 goldens, relative to the array's largest entry
-HEADS = 2, 2                                # of predictor and forward net: the golden's weights do not show them
+HEADS = 2, 2                                # of predictor and forward net; the golden's weights do not tell
 
 
 def close(value, name, tol=TOL):
@@ -104,7 +104,7 @@ def ours(name):
 
 
 def load(model, w):
-    """Load published weights: all that the golden has must land somewhere, but the tied copy of the embedding."""
+    """Load published weights: all of the golden's must land somewhere, but the tied copy of E."""
     state = model.state_dict()
     mapped = {ours(k): v.double() for k, v in w.items() if k != "pred.model.lm_head.weight"}
     mapped["times.logits"] = state["times.logits"]
@@ -397,7 +397,8 @@ def test_float32_run_stays_within_the_published_gap():
     z = path[0] + path[1] * eps
     for name, value, tol in (("m", path[0], 1e-6), ("s", path[1], 1e-6), ("z", z, 1e-6),
                              ("dm", path[2], 2e-5), ("ds", path[3], 2e-5),
-                             ("xhat", model.predict(z, t), 5e-6), ("loss_elem", model.diffusion(x, t, eps), 2e-5)):
+                             ("xhat", model.predict(z, t), 5e-6),
+                             ("loss_elem", model.diffusion(x, t, eps), 2e-5)):
         close(value, "full/out/" + name, tol)
         close(value, o + name, 2 * tol)             # their own float32 error on top
 
@@ -406,8 +407,8 @@ def test_float32_run_stays_within_the_published_gap():
 
 
 def small(net=None, dtype=torch.float64, randomise=True, **keys):
-    sizes = dict(vocab=7, d_embed=4, length=6, d_model=16, n_layer=1, n_head=2, cond_dim=8, fwd_dim=8, fwd_layers=2,
-                 fwd_heads=2, fwd_mlp=16, fwd_dropout=0.0, unigram_entropy=1.9)
+    sizes = dict(vocab=7, d_embed=4, length=6, d_model=16, n_layer=1, n_head=2, cond_dim=8, fwd_dim=8,
+                 fwd_layers=2, fwd_heads=2, fwd_mlp=16, fwd_dropout=0.0, unigram_entropy=1.9)
     cfg = Config(**{**sizes, **keys})
     model = NFDM(cfg, net=net).to(dtype)
     if randomise:                               # zero-initialised modulations would hide the time derivative
@@ -513,13 +514,14 @@ def test_quadratic_expansion_and_the_optimal_volatility():
         close(element, de**2 / (2 * g2) - de * ds / 2 + g2 * ds**2 / 8, 1e-9)
     a, b, c = (de**2).mean(), (ds**2).mean(), (de * ds).mean()
     best = 2 * (a / b).sqrt()
-    below, at, above = (nfdm.diffusion_element(eps, path, z, path_hat, best * f).mean() for f in (0.9, 1, 1.1))
+    below, at, above = (nfdm.diffusion_element(eps, path, z, path_hat, best * f).mean()
+                        for f in (0.9, 1.0, 1.1))
     assert at < min(below, above)
     close(at, 0.5 * (a * b).sqrt() - c / 2, 1e-9)
 
 
 def test_bound_of_the_exact_predictor_is_the_entropy():
-    # property 7: two tokens at +-1, line process, its Markovian g, posterior mean tanh(alpha z / sigma^2): ln 2.
+    # property 7: two tokens at +-1, line process, its Markovian g, mean tanh(alpha z / sigma^2): ln 2.
     # Quadrature over log SNR = 2 ln r: alpha / sigma = r where t = (1 - delta r) / (1 + r (1 - delta))
     delta, process = 0.01, nfdm.Line(0.01)
     lam = torch.linspace(math.log(1e-7), 2 * math.log(1 / delta), 4001, dtype=torch.float64)
