@@ -53,6 +53,7 @@ NORM_EPS = 1e-8             # unit norm is M / (|M| + 1e-8)  (official Plaid cod
 STATS_INIT = 1e-8           # start of the running sums behind the number of reconstruction rows (official)
 STATS_DECAY = 0.997         # and their decay
 CHUNK_ELEMENTS = {"cpu": 2 ** 22, "cuda": 2 ** 28}      # logits alive at once in the fused head
+LEAST = dict(d_embed=1, schedule_width=1, bias_ramp=0, self_cond_every=0, lr_embed=0, lr_shape=0, lr_bounds=0)
 
 
 @dataclass
@@ -97,8 +98,8 @@ def scaling(label, budget=1e20, vocab=32001, length=2048, batch=256):
     """SlimPajama preset of one size for `budget` FLOP (the study's largest), 3 forward passes a step."""
     d_model, n_layer, n_head = SIZES[label]
     steps = STEPS.get(label) or int(budget / (length * forward_flops(d_model, n_layer, vocab)) / batch / 3)
-    return dict(data="slimpajama", tokenizer="llama2", vocab=vocab, length=length, d_model=d_model,
-                n_layer=n_layer, n_head=n_head, cond_dim=128, batch=batch, steps=steps, lr=2e-4, min_lr=0.1,
+    return dict(data="slimpajama", vocab=vocab, length=length, d_model=d_model, n_layer=n_layer,
+                n_head=n_head, cond_dim=128, batch=batch, steps=steps, lr=2e-4, min_lr=0.1,
                 lr_schedule="cosine", warmup=max(steps // 100, 100), beta2=0.95, weight_decay=0.1, ema=0.0)
 
 
@@ -138,9 +139,9 @@ class NoiseSchedule(nn.Module):
     def forward(self, t):
         """t [B] -> g [B], dg/dt [B]; t slightly below 0 is allowed (the `plaid` sampling grid)."""
         a, b, c = F.softplus(self.W1.double())[:, 0], self.b1.double(), 0.01 * F.softplus(self.W2.double())[0]
-        ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=t.device)
+        ends = torch.arange(2, dtype=torch.float64, device=t.device)             # t = 0 and t = 1
         th = torch.tanh((torch.cat([t.double(), ends])[:, None] - 0.5) * a + b)  # [B + 2, K]
-        raw = (th * c).sum(-1)      # one reduction for all rows: a product with c may round equal rows differently
+        raw = (th * c).sum(-1)      # not th @ c, which may round equal rows differently
         rise = raw[-1] - raw[-2]
         return (raw[:-2] - raw[-2]) / rise, (1 - th[:-2] ** 2) @ (a * c) / rise
 
@@ -227,41 +228,47 @@ def split_bound(recon, diff, prior, is_recon, n_recon):
     return torch.where(is_recon, recon / n_recon, diff / n_diff).sum() + prior.mean()
 
 
-class _ElboHead(torch.autograd.Function):
-    """Vocabulary head, posterior mean and both loss terms in one pass over chunks; see `elbo_head`."""
+class ElboChunk(nn.Module):
+    """The body of `elbo_head` for n tokens; a module (without parameters) so that it can be compiled."""
+    compile_me = True
 
+    def forward(self, u, W, b, zb, E, x, w_mse, w_ce, targets, keep, train):
+        """Squared error [n], CE [n] and, if `train`, the chunk's gradients of (u, W, b, zb, E, x)."""
+        p = torch.addmm(F.linear(u, W).to(b.dtype) + b, zb, E.T)                # logits [n, V] ...
+        lse = p.logsumexp(-1, keepdim=True)
+        ce = (lse - p.gather(1, targets))[:, 0]
+        p.sub_(lse).exp_()                                                      # ... softmax in place
+        x_hat = p @ E                                                           # [n, De]
+        sq = (x - x_hat).square().sum(-1)
+        if not train:
+            return sq, ce
+        g = 2 * w_mse * (x_hat - x)                                             # d loss / d x_hat
+        # d loss / d logits = p (g E^T - g . x_hat + w_ce) - w_ce onehot
+        dz = torch.addmm(w_ce - (g * x_hat).sum(-1, keepdim=True), g, E.T).mul_(p)
+        dz.scatter_add_(1, targets, -w_ce)
+        low = dz.to(u.dtype)
+        return sq, ce, low @ W, low.T @ u, dz.sum(0), dz @ E, dz.T @ (zb * keep) + p.T @ (g * keep), -g
+
+
+class _ElboHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, W, b, zb, E, x, w_mse, w_ce, targets, live):
-        N, V = u.shape[0], W.shape[0]
+    def forward(ctx, u, W, b, zb, E, x, w_mse, w_ce, targets, keep, chunk):
+        N, V, train = u.shape[0], W.shape[0], any(ctx.needs_input_grad)
         sq, ce = x.new_empty(N), x.new_empty(N)
-        train = any(ctx.needs_input_grad)
-        if train:
-            du, dzb, dx = torch.empty_like(u), torch.empty_like(zb), torch.empty_like(x)
-            dW, db, dE = torch.zeros_like(W), torch.zeros_like(b), torch.zeros_like(E)
-        W_low = W.to(u.dtype)                                                   # [R4]
-        size = max(64, CHUNK_ELEMENTS.get(u.device.type, 2 ** 24) // V)
+        du, dzb, dx = (torch.empty_like(v) if train else None for v in (u, zb, x))
+        dW, db, dE = (torch.zeros_like(v) if train else None for v in (W, b, E))
+        W_low, size = W.to(u.dtype), max(64, CHUNK_ELEMENTS.get(u.device.type, 2 ** 24) // V)       # [R4]
+        columns = [v[:, None].to(b.dtype) for v in (w_mse, w_ce, keep)]
         for i in range(0, N, size):
             s = slice(i, min(i + size, N))
-            p = torch.addmm(F.linear(u[s], W_low).to(b.dtype) + b, zb[s], E.T)  # logits [n, V] ...
-            lse = p.logsumexp(-1, keepdim=True)
-            ce[s] = (lse - p.gather(1, targets[s, None]))[:, 0]
-            p.sub_(lse).exp_()                                                  # ... softmax in place
-            x_hat = p @ E                                                       # [n, De]
-            sq[s] = (x[s] - x_hat).square().sum(-1)
-            if not train:
-                continue
-            wc, keep = w_ce[s, None].to(b.dtype), live[s, None].to(b.dtype)
-            g = 2 * w_mse[s, None].to(b.dtype) * (x_hat - x[s])                 # d loss / d x_hat
-            # d loss / d logits = p (g E^T - g . x_hat + wc) - wc onehot
-            dz = torch.addmm(wc - (g * x_hat).sum(-1, keepdim=True), g, E.T).mul_(p)
-            dz.scatter_add_(1, targets[s, None], -wc)
-            low = dz.to(u.dtype)
-            du[s] = low @ W_low
-            dW += low.T @ u[s]
-            db += dz.sum(0)
-            dzb[s] = dz @ E
-            dE += dz.T @ (zb[s] * keep) + p.T @ (g * keep)
-            dx[s] = -g
+            wm, wc, k = (v[s] for v in columns)
+            sq[s], ce[s], *grads = chunk(u[s], W_low, b, zb[s], E, x[s], wm, wc, targets[s, None], k, train)
+            if train:
+                du[s], dzb[s], dx[s] = grads[0], grads[3], grads[5]
+                dW += grads[1]
+                db += grads[2]
+                dE += grads[4]
+            del grads                       # free this chunk's [V, D] product before the next one
         ctx.mark_non_differentiable(sq, ce)
         ctx.grads = (du, dW, db, dzb, dE, dx) if train else None
         ctx.save_for_backward(sq, ce)
@@ -273,24 +280,23 @@ class _ElboHead(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("elbo_head scales its stored gradients in place: backward can run only once")
         (sq, ce), grads, ctx.grads = ctx.saved_tensors, ctx.grads, None
-        return (*[d.mul_(g) for d in grads], sq * g, ce * g, None, None)
+        return *(d.mul_(g) for d in grads), sq * g, ce * g, None, None, None
 
 
-def elbo_head(u, W, b, zb, E, x, w_mse, w_ce, targets, live):
+def elbo_head(u, W, b, zb, E, x, w_mse, w_ce, targets, live, chunk=ElboChunk()):
     """Sum of w_mse |x - x_hat|^2 + w_ce CE; logits = u W^T + b + zb E^T, x_hat = softmax(logits) E.
 
-    u [B, L, D], W [V, D], b [V], zb and x [B, L, De], E [V, De], targets [B, L]; the weights [B] and live [B]
-    (rows that teach E) hold for all tokens of a row. Returns (loss, squared error [B, L], CE [B, L]), the
-    last two detached. x_hat is attention of queries [u | zb] over keys [W | E] with values E, and the weights
-    are known before the head: so a chunk's gradients (those of the weights, which carry the schedule's,
-    included) are taken in the same pass, and `backward` only scales them. Three products with W in all;
-    nothing of size [B, L, V] outlives a chunk.
+    u [B, L, D], W [V, D], b [V], zb and x [B, L, De], E [V, De], targets [B, L]; weights and live [B] (rows
+    that teach E) hold for all tokens of a row. Returns (loss, squared error [B, L], CE [B, L]), the last two
+    detached. x_hat is attention of queries [u | zb] over keys [W | E] with values E, and the weights are
+    known before the head: a chunk's gradients (the weights' too, the schedule's path) come from the same
+    pass, and `backward` only scales them. Three products with W in all; nothing [B, L, V] outlives a chunk.
     """
     w_mse, w_ce, live = (r[:, None].expand(targets.shape).reshape(-1) for r in (w_mse, w_ce, live))
     u, zb, x = (r.flatten(0, 1) for r in (u, zb, x))
-    if not torch.is_grad_enabled():         # needs_input_grad ignores no_grad: parameters would cost their gradients
+    if not torch.is_grad_enabled():         # needs_input_grad alone ignores no_grad
         W, b, E = W.detach(), b.detach(), E.detach()
-    loss, sq, ce = _ElboHead.apply(u, W, b, zb, E, x, w_mse, w_ce, targets.reshape(-1), live)
+    loss, sq, ce = _ElboHead.apply(u, W, b, zb, E, x, w_mse, w_ce, targets.reshape(-1), live, chunk)
     return loss, sq.view(targets.shape), ce.view(targets.shape)
 
 
@@ -351,10 +357,8 @@ def parse_guide(guide):
 
     "7:3:any,9:10:all:not" asks for token 7 somewhere and token 9 nowhere. Rows: (token, weight, where, not).
     """
-    if not isinstance(guide, str):
-        return guide
-    rows = []
-    for item in filter(None, guide.split(",")):
+    rows = [] if isinstance(guide, str) else guide
+    for item in filter(None, guide.split(",") if isinstance(guide, str) else ()):
         try:
             token, weight, where, *flag = item.split(":")
             row = int(token), float(weight), where if where in ("any", "all") else int(where), bool(flag)
@@ -430,15 +434,19 @@ class RePlaid(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        every = cfg.self_cond_every
-        if every > 1 and cfg.batch % every or cfg.batch < 2:
-            raise data.UserError(f"batch={cfg.batch} is not divisible by {max(every, 2)} (one row in "
-                                 "self_cond_every is self-conditioned): change --batch")
+        for key, least in LEAST.items():
+            if getattr(cfg, key) < least:
+                raise data.UserError(f"--{key}={getattr(cfg, key)}: must be at least {least}")
+        if cfg.gamma_0 >= cfg.gamma_1:
+            raise data.UserError(f"--gamma_0={cfg.gamma_0} is not below --gamma_1={cfg.gamma_1}")
+        if cfg.batch < 2 or cfg.batch % max(cfg.self_cond_every, 1):
+            raise data.UserError(f"--batch={cfg.batch} is not divisible by {max(cfg.self_cond_every, 2)}: "
+                                 f"one row in self_cond_every={cfg.self_cond_every} is self-conditioned")
         self.cfg = cfg
         self.model = Denoiser(cfg)
         self.embedding_matrix = EmbeddingMatrix(cfg.vocab, cfg.d_embed)
         self.noise_schedule = NoiseSchedule(cfg.schedule_width)
-        self.gamma_bounds = GammaBounds(cfg.gamma_0, cfg.gamma_1)
+        self.gamma_bounds, self.chunk = GammaBounds(cfg.gamma_0, cfg.gamma_1), ElboChunk()
         zeros = torch.zeros(5, dtype=torch.float64)
         self.register_buffer("updates", zeros[0].clone())                       # steps taken, for the ramp
         self.register_buffer("row_stats", zeros + STATS_INIT)                   # see reconstruction_rows
@@ -482,11 +490,9 @@ class RePlaid(nn.Module):
         """Mask [B] of the self-conditioned rows and their indices, whose number is fixed."""
         every = self.cfg.self_cond_every
         if not every:
-            sc = torch.zeros(B, dtype=torch.bool, device=device)
-            return sc, sc[:0].long()
+            return torch.zeros(B, dtype=torch.bool, device=device), ()
         if B % every:
-            raise data.UserError(f"{B} rows per rank and micro-step are not divisible by {every} (one row in "
-                                 "self_cond_every is self-conditioned): change --batch or --accum")
+            raise data.UserError(f"{B} rows per rank and micro-step: not a multiple of self_cond_every")
         sc = rows.subset(every, device=device)
         return sc, sc.view(-1, every).int().argmax(1) + every * torch.arange(B // every, device=device)
 
@@ -542,7 +548,7 @@ class RePlaid(nn.Module):
         u, zb = self.features(z, gamma, x_sc, scale)
         head = self.model.output_layer.linear
         terms, sq, ce = elbo_head(u, head.weight, head.bias, zb, E, x, w_mse / n_diff, w_ce / n_recon,
-                                  tokens, ~sc)
+                                  tokens, ~sc, self.chunk)
         prior = prior_kl(x, end).sum() / (B * per_row)
         diff, recon = w_mse.detach() * sq.double().sum(1), w_ce * ce.double().sum(1)    # [B], 0 on other rows
 
@@ -583,7 +589,7 @@ class RePlaid(nn.Module):
             x_sc = self.predict(z, gamma, x_sc, E)
         u, zb = self.features(z, gamma, x_sc)
         head, zeros = self.model.output_layer.linear, torch.zeros_like(t)
-        _, sq, ce = elbo_head(u, head.weight, head.bias, zb, E, x, zeros, zeros, tokens, zeros)
+        _, sq, ce = elbo_head(u, head.weight, head.bias, zb, E, x, zeros, zeros, tokens, zeros, self.chunk)
         return diffusion_weight(gamma, gamma_dot) * sq.double().sum(1), ce.double().sum(1)
 
     @torch.no_grad()
@@ -665,8 +671,7 @@ class RePlaid(nn.Module):
         E, guides, held, last = self.embedding_matrix(), parse_guide(guide), None, None
         device, size = E.device, (n, length, E.shape[1])
         gamma_t, gamma_s = (self.schedule(t.to(device))[0] for t in time_grid(steps, grid))
-        eps = iter(noise) if noise is not None else (torch.randn(size, device=device).double()
-                                                     for _ in range(steps + 1))
+        eps = (torch.randn(size, device=device).double() if noise is None else noise[i] for i in range(steps + 1))
         z, x_sc = next(eps), torch.zeros(size, dtype=torch.float64, device=device)
         if known is not None:
             held = E[known].double(), known_mask[..., None]

@@ -694,10 +694,12 @@ def test_samplers_with_the_oracle_return_the_text_and_hold_what_is_given(sampler
     assert torch.equal(out, text) and [i for i, _ in seen] == list(range(1, 13)) and torch.equal(seen[-1][1], text)
     model.predict = lambda z, gamma, x_sc, E, scale=1.0: torch.zeros_like(z)
     known, mask = torch.randint(11, (3, 6)), torch.rand(3, 6) < 0.5
-    out = model.sample(3, 6, 12, sampler=sampler, known=known, known_mask=mask)
+    start, calls = torch.randn(3, 6, 8).double(), record(model)
+    out = model.sample(3, 6, 12, sampler=sampler, known=known, known_mask=mask, noise=torch.cat([start[None], torch.randn(12, 3, 6, 8)]))
     assert torch.equal(out[mask], known[mask])
-    calls = record(model)
-    model.sample(3, 6, 12, sampler=sampler, known=known, known_mask=mask)
+    alpha, sigma = replaid.alpha_sigma(model.gamma_bounds()[1])
+    torch.testing.assert_close(calls[0][0][mask], (alpha * E[known] + sigma * start)[mask])  # diffused, as in training
+    torch.testing.assert_close(calls[0][0][~mask], start[~mask])
     assert torch.equal(calls[-1][2][mask], E[known].double()[mask])                         # the network sees the given text
     alpha, sigma = replaid.alpha_sigma(calls[-1][1])
     noise = (calls[-1][0] - alpha * E[known])[mask] / sigma                                 # and latents at the right noise level
@@ -750,10 +752,12 @@ def test_parameter_counts_flops_and_steps_are_the_published_ones():
 
 
 def test_bad_input_is_one_clear_line():
-    with pytest.raises(data.UserError, match="batch=10 is not divisible by 4"):
-        RePlaid(Config(vocab=5, batch=10))
+    for keys, line in ((dict(batch=10), "--batch=10 is not divisible by 4"), (dict(batch=1, self_cond_every=0), "--batch=1 "),
+                       (dict(d_embed=0), "--d_embed=0"), (dict(gamma_0=7.0), "is not below"), (dict(lr_embed=-1.0), "--lr_embed")):
+        with pytest.raises(data.UserError, match=line):
+            RePlaid(Config(vocab=5, **keys))
     model = build(batch=12)
-    with pytest.raises(data.UserError, match="6 rows per rank and micro-step are not divisible by 4"):
+    with pytest.raises(data.UserError, match="6 rows per rank and micro-step"):
         model.loss(dict(tokens=torch.zeros(6, 6, dtype=torch.int64)))
     for keys in (dict(sampler="euler"), dict(grid="cosine")):
         with pytest.raises(data.UserError, match="ddpm, ddim, dpmpp, heun"):
