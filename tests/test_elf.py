@@ -692,6 +692,25 @@ def test_sampling_interface():
         assert torch.equal(z[mask], x[mask]) and torch.equal(x_hat[mask], x[mask])
 
 
+def test_command_line_conditional_and_distilled(tmp_path, capsys, monkeypatch):
+    """Train on pairs, sample answers, evaluate them; then a distilled student of a student, each from its checkpoint."""
+    def run(*argv):
+        common.main(elf.ELF, elf.Config, elf.PRESETS, list(argv))
+        return capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    size = ["--d_model=16", "--n_layer=1", "--n_head=2", "--text_encoder_dim=16", "--batch=10", "--val_every=0"]
+    out = run("--preset=reverse", "--steps=3", "--out=a", *size)
+    assert "val_l2" in out and "val_ce" in out
+    assert "exact" in run("eval", "--out=a", "--n=4", "--steps=2", "--rows=20", "--c=1")
+    assert "sample 1" in run("sample", "--out=a", "--n=2", "--steps=2", "--sampler=sde", "--churn=1")
+    student = ["--preset=reverse", "--stage=distill", "--teacher=a/ckpt.pt", "--steps=2", "--warmup=0", *size]
+    run(*student, "--student_steps=8", "--out=b")
+    run(*student, "--student_steps=4", "--init=b/ckpt.pt", "--out=c")
+    assert "sample 1" in run("sample", "--out=c", "--n=1", "--steps=4")
+    weights = [torch.load(f"{x}/ckpt.pt", weights_only=True)["model"]["unembed_kernel"] for x in "abc"]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
 def test_learning_on_a_source_of_four_letters():
     """Each letter is followed by itself + 1 (0.7) or + 2 (0.3): in seconds both losses fall and the samples obey.
 
