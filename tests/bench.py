@@ -1,15 +1,17 @@
-"""One backbone, one budget: the five papers and an autoregressive baseline side by side, and what the house rules cost.
+"""One backbone, one budget: the five papers and an autoregressive baseline side by side; what the fused heads
+and compilation give.
 
-    python tests/bench.py table --preset=bench10-cpu      # train and sample every row, write out/bench/table.md; resumes
-    python tests/bench.py ar --preset=bench10-cpu         # the autoregressive baseline alone, like a paper file
-    python tests/bench.py claims                          # one line per claim, on the table's finished runs
-    python tests/bench.py heads --paper=langflow --preset=owt --batch=2    # fused against plain vocabulary heads
-    python tests/bench.py compile --paper=langflow        # eager against compiled blocks
-    python tests/bench.py backbone                        # the trunk's step with a fused and with a plain head
+    python tests/bench.py table --preset=bench10-cpu   # train and sample every row, write out/bench/table.md
+    python tests/bench.py ar --preset=bench10-cpu      # the autoregressive baseline alone, like a paper file
+    python tests/bench.py claims                       # one line per claim, on the table's finished runs
+    python tests/bench.py heads --paper=langflow --preset=owt --batch=2   # fused against plain heads
+    python tests/bench.py compile --paper=langflow     # eager against compiled blocks
+    python tests/bench.py backbone                     # the trunk's step with a fused and with a plain head
 
-Times are processor times on a CPU (one thread; other programs do not disturb them) and wall times on a GPU. Ratios are
-medians over alternating steps in one process. Peak memory is what a step adds to interpreter, weights, averages and
-optimiser state, in a child process for each form.
+`table` keeps finished rows and goes on where it stopped. Times are processor times on a CPU (one thread;
+other programs disturb them little) and wall times on a GPU. Ratios are of medians over alternating steps in one
+process. Memory is what a step adds to interpreter, weights, averages and optimiser state, in a child process
+for each form.
 """
 import contextlib
 import dataclasses
@@ -31,17 +33,17 @@ import torch.nn.functional as F
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common                                                               # noqa: E402  (needs the path above)
-import data                                                                 # noqa: E402
+import common                                               # noqa: E402  (needs the path above)
+import data                                                 # noqa: E402
 
 PAPERS = ("langflow", "replaid", "flm", "nfdm", "elf")
 NAMES = dict(ar="autoregressive", langflow="LangFlow", replaid="RePlaid", flm="FLM", nfdm="NFDM", elf="ELF",
              fmlm="FMLM (distilled FLM)")
-FMLM = ("--stage=distill", "--steps=1600", "--lr=1e-3", "--beta2=0.95", "--boundary_prob=4")     # flm.py, tiny-distill
+FMLM = ("--stage=distill", "--steps=1600", "--lr=1e-3", "--beta2=0.95", "--boundary_prob=4")
 STEPS = (1, 4, 16, 64, 256)     # sampling steps of the table
 SAMPLES = 64                    # samples behind each cell
 ROWS = 1024                     # validation sequences behind the bound, at most
-SHARED = ("data", "tokenizer", "length", "d_model", "n_layer", "n_head", "mlp_ratio", "batch", "steps")  # equal budget
+SHARED = ("data", "tokenizer", "length", "d_model", "n_layer", "n_head", "mlp_ratio", "batch", "steps")
 
 
 # --- 1. the autoregressive baseline -------------------------------------------------------------------------
@@ -52,24 +54,26 @@ class Config(common.Config):
     """The baseline has no keys of its own."""
 
 
-_CPU = dict(d_model=64, n_layer=3, n_head=4, cond_dim=64, length=64, gate_init=0.5, batch=32, lr=5e-3, warmup=50,
-            lr_schedule="cosine", ema=0.998)
+_CPU = dict(d_model=64, n_layer=3, n_head=4, cond_dim=64, length=64, gate_init=0.5, batch=32, lr=5e-3,
+            warmup=50, lr_schedule="cosine", ema=0.998)
 PRESETS = {
     "tiny": dict(_CPU, steps=1600),
     "bench10-cpu": dict(_CPU, steps=2500),
-    "bench10": dict(data="wikitext103", tokenizer="gpt2", length=256, d_model=384, n_layer=6, n_head=6, cond_dim=128,
-                    gate_init=0.5, batch=64, steps=8000, lr=6e-4, warmup=200, lr_schedule="cosine", ema=0.999),
+    "bench10": dict(data="wikitext103", tokenizer="gpt2", length=256, d_model=384, n_layer=6, n_head=6,
+                    cond_dim=128, gate_init=0.5, batch=64, steps=8000, lr=6e-4, warmup=200,
+                    lr_schedule="cosine", ema=0.999),
 }
 
 
 class AR(nn.Module):
-    """Next-token prediction with the shared trunk made causal and its time held at 0: the yardstick of the table."""
+    """Next-token prediction by the shared trunk, causal, with time held at 0: the yardstick of the table."""
 
     def __init__(self, cfg):
         super().__init__()
         self.start = cfg.vocab                      # an extra input row: what stands before the first token
-        self.backbone = common.DiT(cfg.d_model, cfg.n_layer, cfg.n_head, cfg.cond_dim, cfg.mlp_ratio, cfg.dropout,
-                                   cfg.length, vocab=cfg.vocab + 1, out=cfg.vocab, causal=True, gate_init=cfg.gate_init)
+        self.backbone = common.DiT(
+            cfg.d_model, cfg.n_layer, cfg.n_head, cfg.cond_dim, cfg.mlp_ratio, cfg.dropout, cfg.length,
+            vocab=cfg.vocab + 1, out=cfg.vocab, causal=True, gate_init=cfg.gate_init)
         self.head = self.backbone.output_layer.linear
 
     def features(self, tokens):
@@ -80,8 +84,8 @@ class AR(nn.Module):
 
     def loss(self, batch):
         """(cross-entropy in nats per token, no metrics)."""
-        tokens, mask = batch["tokens"], batch.get("mask")
-        counts = torch.ones_like(tokens, dtype=self.head.bias.dtype) if mask is None else mask.to(self.head.bias.dtype)
+        tokens, mask, dtype = batch["tokens"], batch.get("mask"), self.head.bias.dtype
+        counts = torch.ones_like(tokens, dtype=dtype) if mask is None else mask.to(dtype)   # [B, L]
         length = batch["global_len"].double().mean() if "global_len" in batch else counts.sum(1).mean()
         loss, _ = common.token_ce(self.features(tokens), self.head.weight, self.head.bias, tokens,
                                   counts / (len(tokens) * length))
@@ -115,8 +119,11 @@ class AR(nn.Module):
 
 
 def paper(name):
-    """(class, Config, PRESETS, module) of a paper file, of `fmlm` (flm.py's second stage) or of the baseline."""
-    module = sys.modules[__name__] if name == "ar" else importlib.import_module({"fmlm": "flm"}.get(name, name))
+    """(class, Config, PRESETS, module) of a paper file, of `fmlm` (stage 2 of flm.py) or of the baseline."""
+    if name not in NAMES:
+        raise data.UserError(f"{name}: no such row; one of {', '.join(NAMES)}")
+    file = {"fmlm": "flm"}.get(name, name)
+    module = sys.modules[__name__] if name == "ar" else importlib.import_module(file)
     cls, = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__
             and issubclass(c, nn.Module) and hasattr(c, "loss") and hasattr(c, "sample")]
     return cls, module.Config, module.PRESETS, module
@@ -128,19 +135,21 @@ def options(argv, **defaults):
     for arg in argv:
         key, eq, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("--") or not eq or key not in defaults:
-            raise data.UserError(f"unknown option '{arg}'" + common.nearest(key, defaults) + f": {', '.join(defaults)}")
+            near = common.nearest(key, defaults)
+            raise data.UserError(f"unknown option '{arg}'{near}; options: {', '.join(defaults)}")
         chosen[key] = common.parse_value(key, text, type(defaults[key]))
     return chosen
 
 
 def paper_config(argv, **defaults):
-    """(Paper, cfg, module, own options) from `--paper=`, own options and any key of the paper's configuration."""
+    """(Paper, cfg, module, own options): own options, then any key of the configuration of `--paper=`."""
     own = options([a for a in argv if a.split("=")[0][2:] in defaults], **defaults)
     Paper, Cfg, presets, module = paper(own["paper"])
     rest = [a for a in argv if a.split("=")[0][2:] not in defaults]
     _, overrides, _ = common.parse(["bench", *rest], Paper, Cfg, presets)
     cfg = common.make_config(Cfg, presets, overrides.get("preset", "tiny"), overrides)
-    cfg.vocab = cfg.vocab or (data.load("prose", length=cfg.length).vocab if cfg.tokenizer == "char" else 50257)
+    if not cfg.vocab:                           # no corpus is needed: the tokens are random
+        cfg.vocab = data.load("prose", length=cfg.length).vocab if cfg.tokenizer == "char" else 50257
     cfg.unigram_entropy = cfg.unigram_entropy or math.log(cfg.vocab)
     if not torch.cuda.is_available():
         torch.set_num_threads(cfg.threads)
@@ -194,6 +203,11 @@ def report(times, base):
             f"{np.median(v) / np.median(times[base]):.2f} of {base}" for name, v in times.items()]
 
 
+def report_memory(added):
+    for name, m in added.items():
+        print(f"{name:10}{m / 2 ** 20:9.0f} MiB added by a step, {m / added['plain']:.2f} of plain")
+
+
 def held_memory(world):
     """Bytes held now: of the process on a CPU (Linux), of the allocator on a GPU."""
     if world.device.type == "cuda":
@@ -202,7 +216,7 @@ def held_memory(world):
 
 
 def step_memory(step, world):
-    """Bytes that two runs of `step` add at their peak; needs a process whose peak is not above this one's yet."""
+    """Bytes that two runs of `step` add at their peak; the process must not have had a higher one before."""
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
@@ -225,12 +239,14 @@ def command(name, preset, out, steps):
     """The command line that trains a row, as a user would type it."""
     script = [str(ROOT / "tests" / "bench.py"), "ar"] if name == "ar" else [
         str(ROOT / f"{'flm' if name == 'fmlm' else name}.py")]
-    extra = [*FMLM, f"--teacher={out / 'flm' / 'ckpt.pt'}"] if name == "fmlm" else [f"--steps={steps}"] * bool(steps)
+    extra = [f"--steps={steps}"] * bool(steps)
+    if name == "fmlm":
+        extra = [*FMLM, f"--teacher={out / 'flm' / 'ckpt.pt'}"]
     return [*script, f"--preset={preset}", f"--out={out / name}", *extra]
 
 
 def train_row(name, preset, out, steps):
-    """Train (or go on training) a row in a subprocess. Returns {cpu_s, wall_s, peak_gb}, added up over restarts."""
+    """Train a row, or go on with it: dict(cpu_s, wall_s, peak_gb, done), times added up over restarts."""
     file, log = out / f"{name}.usage.json", out / f"{name}.log"
     total = json.loads(file.read_text()) if file.exists() else dict(cpu_s=0.0, wall_s=0.0, peak_gb=0.0)
     if total.get("done"):
@@ -267,8 +283,9 @@ def measure(name, out, n=SAMPLES, steps=STEPS, rows=ROWS, iters=20):
     model, cfg, corpus, folder, step = common.load_run(Paper, Cfg, world, out / name, print)
     micro, gpu = common.micro_batch(cfg, world), world.device.type == "cuda"
     flops = common.flops_per_token(model, cfg)
-    row = dict(name=name, config=dataclasses.asdict(cfg), step=step, params=sum(p.numel() for p in model.parameters()),
-               mflop=flops / 1e6, torch=torch.__version__, cores=os.cpu_count(), threads=cfg.threads,
+    row = dict(name=name, config=dataclasses.asdict(cfg), step=step,
+               params=sum(p.numel() for p in model.parameters()), mflop=flops / 1e6,
+               torch=torch.__version__, cores=os.cpu_count(), threads=cfg.threads,
                device=torch.cuda.get_device_name() if gpu else "cpu", corpus=corpus.describe())
     if hasattr(model, "nll"):
         row["bound"] = common.score(model, corpus, world, rows, micro)
@@ -283,7 +300,8 @@ def measure(name, out, n=SAMPLES, steps=STEPS, rows=ROWS, iters=20):
         row["samples"][str(k)] = dict(judged(corpus, drawn[0]), seconds=cost,
                                       s_per_1000=1e3 * cost / drawn[0].numel())
     row["text"] = common.show(corpus, drawn[0][0])
-    held_out = corpus.rows("val", np.linspace(0, corpus.n_rows("val") - 1, min(n * 8, corpus.n_rows("val"))).astype(int))
+    total = corpus.n_rows("val")
+    held_out = corpus.rows("val", np.linspace(0, total - 1, min(n * 8, total)).astype(int))
     row["references"] = {
         "held-out text": judged(corpus, held_out["tokens"]),
         "unigram text": judged(corpus, corpus.unigram_sample(n * 8, corpus.length)),
@@ -314,10 +332,12 @@ def markdown(rows):
     tokens = cfg["steps"] * cfg["batch"] * cfg["length"]
     memory = "GPU memory" if gpu else "peak memory of the process"
     lines = [
-        f"Preset `{cfg['preset']}`, {first['corpus']}. Trunk {cfg['n_layer']} blocks of width {cfg['d_model']}, "
-        f"{cfg['steps']:,} steps of {cfg['batch']} x {cfg['length']} tokens = {tokens / 1e6:.1f}M tokens for every row. "
+        f"Preset `{cfg['preset']}`, {first['corpus']}. Trunk: {cfg['n_layer']} blocks of width "
+        f"{cfg['d_model']}; {cfg['steps']:,} steps of {cfg['batch']} x {cfg['length']} tokens = "
+        f"{tokens / 1e6:.1f}M tokens a row. "
         + (f"{first['device']}, torch {first['torch']}." if gpu else
-           f"CPU, {first['threads']} thread of {first['cores']} cores, torch {first['torch']}; times are processor times."),
+           f"CPU, {first['threads']} thread of {first['cores']} cores, torch {first['torch']}; times are "
+           "processor times."),
         "", "**Not the same budget:** " + "; ".join(differing) if differing else "",
         f"| model | parameters | MFLOP/token | tokens/s | step |{' MFU |' * gpu} {memory} | training "
         "| bound, nats/token | bits/byte | estimator |", "|---|" + "---:|" * (8 + gpu) + "---|"]
@@ -329,23 +349,26 @@ def markdown(rows):
             f"{r['step_ms']:.0f} ms |" + f" {r['mfu'].removeprefix('mfu ')} |" * gpu
             + f" {r.get('gpu_peak_gb', usage['peak_gb']):.2f} GB | "
             f"{common.duration(usage['wall_s' if gpu else 'cpu_s'])} | "
-            + (f"{bound['value']:.3f} ± {bound['se']:.3f} | {bound['value'] / math.log(2) / r['bytes_per_token']:.2f} | "
-               f"{r['estimator']} |" if bound else f"none | none | no bound; {val} |"))
+            + (f"{bound['value']:.3f} ± {bound['se']:.3f} | "
+               f"{bound['value'] / math.log(2) / r['bytes_per_token']:.2f} | {r['estimator']} |"
+               if bound else f"none | none | no bound; {val} |"))
     columns = sorted({int(k) for r in rows for k in r["samples"]})
-    lines += ["", "Samples: judge nll in nats/token / judge perplexity / entropy of a sample in nats, by sampling steps. The "
-              f"judge is a trigram model fitted on the training text; {SAMPLES} samples a cell. Nll and entropy are read "
-              "together: text that repeats itself has a low perplexity and a low entropy.", "",
-              "| model | s per 1,000 tokens | " + " | ".join(f"{k} steps" for k in columns) + " |",
+    titles = [f"{k} step{'s' * (k > 1)}" for k in columns]
+    lines += ["", "Samples: judge nll in nats/token / judge perplexity / entropy of a sample in nats, by steps. "
+              f"The judge is a trigram model fitted on the training text; {SAMPLES} samples a cell. Read nll and "
+              "entropy together: text that repeats itself is low in both.", "",
+              "| model | s per 1,000 tokens | " + " | ".join(titles) + " |",
               "|---|---:|" + "---:|" * len(columns)]
     for r in rows:
         timed = r["samples"].get("64") or r["samples"][max(r["samples"], key=int)]
-        lines.append(f"| {NAMES[r['name']]} | {timed['s_per_1000']:.2f} | "
-                     + " | ".join(cell(r["samples"][str(k)]) if str(k) in r["samples"] else "" for k in columns) + " |")
+        cells = [cell(r["samples"][str(k)]) if str(k) in r["samples"] else "" for k in columns]
+        lines.append(f"| {NAMES[r['name']]} | {timed['s_per_1000']:.2f} | " + " | ".join(cells) + " |")
     for label, s in first["references"].items():
         lines.append(f"| {label} | | " + " | ".join([cell(s)] + [""] * (len(columns) - 1)) + " |")
-    lines += ["", "Seconds per 1,000 tokens are those at 64 steps (autoregressive: one step a token, without a cache). "
-              "References, in no column's order: the validation text, tokens drawn from the training unigrams, uniform "
-              "tokens. One sample of each row, not chosen, at its largest number of steps:", ""]
+    lines += ["", "Seconds per 1,000 tokens are those at 64 steps (autoregressive: a step a token, no cache). "
+              "The last three rows are validation text, tokens drawn from the training unigrams and uniform "
+              "tokens; they have no steps.", "",
+              "One sample of each row, not chosen, at its largest number of steps:", ""]
     lines += [f"- {NAMES[r['name']]}: `{r['text'].replace('`', ' ')}`" for r in rows]
     return "\n".join(lines) + "\n"
 
@@ -363,8 +386,7 @@ def table(argv):
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name in o["papers"].split(","):
-        if name not in NAMES:
-            raise data.UserError(f"--papers={name}: one of {', '.join(NAMES)}")
+        paper(name)
         file = out / f"{name}.json"
         if not file.exists():
             print("python " + " ".join(command(name, o["preset"], out, o["steps"])), flush=True)
@@ -392,8 +414,10 @@ def row(argv):
 # --- 4. claims on finished runs -----------------------------------------------------------------------------
 
 CLAIMS = (      # run, what is varied, options of `sample` or `eval`; nothing is trained here
-    ("langflow", "nll", "ODE likelihood, full chain rule (a bound)", dict(likelihood="ode", divergence="chain")),
-    ("langflow", "nll", "ODE likelihood without self-conditioning (a bound)", dict(likelihood="ode", divergence="none")),
+    ("langflow", "nll", "ODE likelihood, full chain rule (a bound)",
+     dict(likelihood="ode", divergence="chain")),
+    ("langflow", "nll", "ODE likelihood without self-conditioning (a bound)",
+     dict(likelihood="ode", divergence="none")),
     ("langflow", "nll", "ODE likelihood, self-conditioning detached (NOT a bound)",
      dict(likelihood="ode", divergence="detached")),
     ("langflow", "nll", "SDE bound without self-conditioning", dict(divergence="none")),
@@ -432,10 +456,12 @@ def claims(argv):
             loaded, micro = name, common.micro_batch(cfg, world)
         if kind == "nll":
             val = common.score(model, corpus, world, o["rows"], micro, **how)
-            print(f"{name:9}| {text}: {val['value']:.3f} ± {val['se']:.3f} nats/token, {val['rows']} sequences", flush=True)
+            print(f"{name:9}| {text}: {val['value']:.3f} ± {val['se']:.3f} nats/token, {val['rows']} rows",
+                  flush=True)
         else:
             s = judged(corpus, common.draw(model, corpus, o["n"], micro=micro, **how))
-            print(f"{name:9}| {text}: judge nll {s['nll']:.2f} ± {s['se']:.2f}, entropy {s['entropy']:.2f}", flush=True)
+            print(f"{name:9}| {text}: judge nll {s['nll']:.2f} ± {s['se']:.2f}, entropy {s['entropy']:.2f}",
+                  flush=True)
 
 
 # --- 5. fused against plain heads ---------------------------------------------------------------------------
@@ -483,7 +509,7 @@ def plain_soft_loss(u, head, weight, target, cap, mse=False):
 
 @contextlib.contextmanager
 def form(name, module, cfg):
-    """The heads as they are (`fused`), written out (`plain`), or FLM as published (`vocab`: noise in V as well)."""
+    """The heads as they are (fused), written out (plain), or FLM as published (vocab: noise in V as well)."""
     swaps = [] if name == "fused" else [
         (common, "token_ce", plain_token_ce), (common, "expected_embedding", plain_expected_embedding)]
     if name != "fused" and hasattr(module, "elbo_head"):
@@ -527,15 +553,13 @@ def heads(argv):
         fill_state(run)
         print(step_memory(lambda: step(o["form"]), world))
         return
-    print(f"{o['paper']} preset {cfg.preset}: V {cfg.vocab}, {cfg.batch} x {cfg.length} tokens, D {cfg.d_model}, "
-          f"{cfg.n_layer} blocks, {common.count(sum(p.numel() for p in run.params))} parameters, "
-          f"{world.device.type}, torch {torch.__version__}", flush=True)
+    print(f"{o['paper']} preset {cfg.preset}: V {cfg.vocab}, {cfg.batch} x {cfg.length} tokens, "
+          f"D {cfg.d_model}, {cfg.n_layer} blocks, "
+          f"{common.count(sum(p.numel() for p in run.params))} parameters, {world.device.type}, torch {torch.__version__}", flush=True)
     for line in report(alternate({f: lambda f=f: step(f) for f in forms}, world, o["iters"]), "plain"):
         print(line, flush=True)
     del run
-    memory = {f: float(child("heads", *argv, f"--form={f}")) for f in forms}
-    for f, m in memory.items():
-        print(f"{f:10}{m / 2 ** 20:9.0f} MiB added by a step, {m / memory['plain']:.2f} of plain", flush=True)
+    report_memory({f: float(child("heads", *argv, f"--form={f}")) for f in forms})
 
 
 # --- 6. compilation, backbone -------------------------------------------------------------------------------
@@ -547,7 +571,8 @@ def compiled(argv):
     world, bodies = common.start_world(), ("_ce_chunk", "_embed_chunk", "_embed_grad_chunk")
     batches, runs, heads_of = OneBatch(cfg, world), {}, {}
     for name in ("eager", "compiled"):          # compilation replaces the chunk bodies of common's heads
-        runs[name] = bare_run(Paper, dataclasses.replace(cfg, compile="true" if name == "compiled" else "false"), world)
+        how = dataclasses.replace(cfg, compile="true" if name == "compiled" else "false")
+        runs[name] = bare_run(Paper, how, world)
         heads_of[name] = {f: getattr(common, f) for f in bodies}
 
     def step(name):
@@ -556,9 +581,9 @@ def compiled(argv):
 
     t0 = time.perf_counter()
     step("compiled")
-    print(f"{o['paper']} preset {cfg.preset}: D {cfg.d_model}, {cfg.n_layer} blocks, V {cfg.vocab}, {cfg.batch} x "
-          f"{cfg.length}, {world.device.type}, torch {torch.__version__}; first step (compiling) "
-          f"{time.perf_counter() - t0:.0f} s", flush=True)
+    print(f"{o['paper']} preset {cfg.preset}: D {cfg.d_model}, {cfg.n_layer} blocks, V {cfg.vocab}, "
+          f"{cfg.batch} x {cfg.length}, {world.device.type}, torch {torch.__version__}; "
+          f"first step (compiling) {time.perf_counter() - t0:.0f} s", flush=True)
     for line in report(alternate({n: lambda n=n: step(n) for n in runs}, world, o["iters"]), "eager"):
         print(line)
 
@@ -594,13 +619,11 @@ def backbone(argv):
         steps = {f: backbone_step(V, f, world) for f in ("fused", "plain")}
         for line in report(alternate(steps, world, o["iters"]), "plain"):
             print(line, flush=True)
-        memory = {f: float(child("backbone", f"--vocab={V}", f"--form={f}")) for f in steps}
-        for f, m in memory.items():
-            print(f"{f:10}{m / 2 ** 20:9.0f} MiB added by a step, {m / memory['plain']:.2f} of plain", flush=True)
+        report_memory({f: float(child("backbone", f"--vocab={V}", f"--form={f}")) for f in steps})
 
 
 def main(argv):
-    verbs = {"table": table, "row": row, "claims": claims, "heads": heads, "compile": compiled, "backbone": backbone}
+    verbs = dict(table=table, row=row, claims=claims, heads=heads, compile=compiled, backbone=backbone)
     if argv and argv[0] == "ar":
         return common.main(AR, Config, PRESETS, argv[1:])
     if not argv or argv[0] not in verbs:

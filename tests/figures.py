@@ -4,7 +4,7 @@
     python tests/figures.py settle                     # which position settles when
     python tests/figures.py curves                     # bound against tokens trained
     python tests/figures.py frontier                   # judge perplexity and entropy against sampling steps
-    python tests/figures.py schedules                  # noise levels a paper trains at, before and after learning
+    python tests/figures.py schedules                  # noise levels of training, before and after learning
     python tests/figures.py all
 
 Runs are read from --out=out/bench (python tests/bench.py table), files go to --to=tests/figures.
@@ -20,13 +20,14 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-import bench                                                                # noqa: E402  (needs the path above)
-import common                                                               # noqa: E402
-import data                                                                 # noqa: E402
+import bench                                                # noqa: E402  (needs the path above)
+import common                                               # noqa: E402
+import data                                                 # noqa: E402
 
-COLOURS = dict(ar="#444444", langflow="#1f77b4", replaid="#ff7f0e", flm="#2ca02c", nfdm="#d62728", elf="#9467bd",
-               fmlm="#17a589")
-SANS, MONO = "font-family:Helvetica,Arial,sans-serif", "font-family:Menlo,Consolas,'DejaVu Sans Mono',monospace"
+COLOURS = dict(ar="#444444", langflow="#1f77b4", replaid="#ff7f0e", flm="#2ca02c", nfdm="#d62728",
+               elf="#9467bd", fmlm="#17a589")
+SANS = "font-family:Helvetica,Arial,sans-serif"
+MONO = "font-family:Menlo,Consolas,'DejaVu Sans Mono',monospace"
 
 
 # --- 1. a small plotting helper -----------------------------------------------------------------------------
@@ -34,14 +35,19 @@ SANS, MONO = "font-family:Helvetica,Arial,sans-serif", "font-family:Menlo,Consol
 
 def document(width, height, parts, style=""):
     """SVG text: white background (readable on dark pages), sans-serif text, then the parts."""
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}">'
             f"<style>text{{{SANS};font-size:12px;fill:#222}}{style}</style>"
             f'<rect width="{width}" height="{height}" fill="#fff"/>' + "".join(parts) + "</svg>\n")
 
 
+def escape(words):
+    return html.escape(str(words), quote=False)
+
+
 def text(x, y, words, anchor="middle", **attributes):
     extra = "".join(f' {k.replace("_", "-")}="{v}"' for k, v in attributes.items())
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{html.escape(str(words), quote=False)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(words)}</text>'
 
 
 def line(points, colour, width=1.8, dash=""):
@@ -50,8 +56,12 @@ def line(points, colour, width=1.8, dash=""):
             + (f' stroke-dasharray="{dash}"' if dash else "") + "/>")
 
 
+def frame(x, y, width, height):
+    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="#999"/>'
+
+
 def ticks(low, high, log):
-    """About five round values in [low, high]: 1, 2, 5 times powers of ten, or powers of two or ten on a log axis."""
+    """About five round values in [low, high]: 1, 2, 5 times powers of 10; on a log axis powers of 2 or 10."""
     if log:
         base = 2 if high / low < 1000 else 10
         exponents = range(math.ceil(math.log(low, base) - 1e-9), math.floor(math.log(high, base) + 1e-9) + 1)
@@ -64,16 +74,19 @@ def ticks(low, high, log):
 class Panel:
     """Axes in a box at (left, top) with the given limits; `parts` collects what is drawn."""
 
-    def __init__(self, left, top, width, height, x, y, title="", x_label="", y_label="", log_x=False, log_y=False):
+    def __init__(self, left, top, width, height, x, y, title="", x_label="", y_label="", log_x=False,
+                 log_y=False):
         self.box, self.limits, self.logs, self.parts = (left, top, width, height), (x, y), (log_x, log_y), []
         for value in ticks(*x, log_x):
             at = self.x(value)
-            self.parts += [line([(at, top), (at, top + height)], "#e6e6e6", 1), text(at, top + height + 16, f"{value:g}")]
+            self.parts += [line([(at, top), (at, top + height)], "#e6e6e6", 1),
+                           text(at, top + height + 16, f"{value:g}")]
         for value in ticks(*y, log_y):
             at = self.y(value)
-            self.parts += [line([(left, at), (left + width, at)], "#e6e6e6", 1), text(left - 6, at + 4, f"{value:g}", "end")]
-        self.parts.append(f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>')
-        self.parts += [text(left + width / 2, top - 8, title, font_weight="bold"),
+            self.parts += [line([(left, at), (left + width, at)], "#e6e6e6", 1),
+                           text(left - 6, at + 4, f"{value:g}", "end")]
+        self.parts += [frame(left, top, width, height),
+                       text(left + width / 2, top - 8, title, font_weight="bold"),
                        text(left + width / 2, top + height + 34, x_label)]
         turn = left - 42, top + height / 2
         self.parts.append(text(*turn, y_label, transform=f"rotate(-90 {turn[0]:.1f} {turn[1]:.1f})"))
@@ -90,11 +103,12 @@ class Panel:
         return self.box[1] + self.box[3] * (1 - self._share(value, 1))
 
     def curve(self, points, colour, marks=True, **how):
-        """Points (x, y); one point alone is a diamond."""
+        """Points (x, y), joined; one point alone is a larger dot."""
         at = [(self.x(x), self.y(y)) for x, y in points]
         self.parts.append(line(at, colour, **how))
         size = 2.6 if len(at) > 1 else 5
-        self.parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size}" fill="{colour}"/>' for x, y in at if marks]
+        if marks:
+            self.parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size}" fill="{colour}"/>' for x, y in at]
 
     def level(self, value, label, colour="#777"):
         """A dashed horizontal line with its name."""
@@ -122,12 +136,19 @@ def finished(out, names=tuple(bench.NAMES)):
     return found
 
 
+def load(name, out):
+    """(model with averaged weights, cfg, corpus) of a row of the table."""
+    Paper, Cfg, _, _ = bench.paper(name)
+    return common.load_run(Paper, Cfg, common.start_world(), out / name, lambda note: None)[:3]
+
+
 def record(name, out, n, steps, seed):
     """(frames [K, n, L], corpus): the guess after every step of one sampling run, the result last."""
-    Paper, Cfg, _, _ = bench.paper(name)
-    model, cfg, corpus, _, _ = common.load_run(Paper, Cfg, common.start_world(), out / name, lambda note: None)
-    frames = []
-    ids = common.draw(model, corpus, n, steps, seed, watch=lambda k, tokens: frames.append(tokens.cpu().clone()))
+    (model, _, corpus), frames = load(name, out), []
+
+    def keep(k, tokens):
+        frames.append(tokens.cpu().clone())
+    ids = common.draw(model, corpus, n, steps, seed, micro=n, watch=keep)
     if not torch.equal(frames[-1], ids):        # some samplers decode once more after their last step
         frames.append(ids)
     return torch.stack(frames), corpus
@@ -153,8 +174,9 @@ def watch(o):
     frames, corpus = record(o["paper"], o["out"], o["n"], o["steps"], o["seed"])
     n, L = frames.shape[1:]
     since, dt = settled_from(frames), o["seconds"] / len(frames)
-    total, parts, fade = o["seconds"] + 3.0, [], 'class="c"'         # the result stays for three seconds
-    width, height = 40 + round(8.43 * max(len("".join(characters(corpus, row))) for row in frames[-1])), 52 + 26 * n
+    total, parts = o["seconds"] + 3.0, []                           # the result stays for three seconds
+    longest = max(len("".join(characters(corpus, row))) for row in frames[-1])
+    width, height = 40 + round(8.43 * longest), 52 + 26 * n
     for k, frame in enumerate(frames):
         rows = []
         for i in range(n):
@@ -163,18 +185,21 @@ def watch(o):
                 if not runs or runs[-1][0] != stays:
                     runs.append([stays, ""])
                 runs[-1][1] += token
-            spans = "".join(html.escape(t, quote=False) if stays else f"<tspan {fade}>{html.escape(t, quote=False)}</tspan>"
+            spans = "".join(escape(t) if stays else f'<tspan class="c">{escape(t)}</tspan>'
                             for stays, t in runs)
             rows.append(f'<text class="t" x="20" y="{56 + 26 * i}" xml:space="preserve">{spans}</text>')
-        bar = f'<rect x="20" y="{height - 10}" width="{(width - 40) * (k + 1) / len(frames):.0f}" height="3" fill="#1f77b4"/>'
-        last = k == len(frames) - 1
-        parts.append(f'<g class="{"l" if last else "f"}" style="animation-delay:{k * dt:.2f}s">' + "".join(rows) + bar + "</g>")
+        done = round((width - 40) * (k + 1) / len(frames))
+        bar = f'<rect x="20" y="{height - 10}" width="{done}" height="3" fill="#1f77b4"/>'
+        kind = "l" if k == len(frames) - 1 else "f"
+        parts.append(f'<g class="{kind}" style="animation-delay:{k * dt:.2f}s">{"".join(rows)}{bar}</g>')
     share, rest = 100 * dt / total, 100 * (3.0 + dt) / total
     style = (f".t{{{MONO};font-size:14px;white-space:pre}}.c{{fill:#c9b18f}}"
              f".f,.l{{opacity:0;animation:f {total:.2f}s step-end infinite}}.l{{animation-name:l}}"
-             f"@keyframes f{{0%{{opacity:1}}{share:.3f}%{{opacity:0}}}}@keyframes l{{0%{{opacity:1}}{rest:.3f}%{{opacity:0}}}}"
+             f"@keyframes f{{0%{{opacity:1}}{share:.3f}%{{opacity:0}}}}"
+             f"@keyframes l{{0%{{opacity:1}}{rest:.3f}%{{opacity:0}}}}"
              "@media(prefers-reduced-motion:reduce){.f{animation:none}.l{animation:none;opacity:1}}")
-    title = f"{bench.NAMES[o['paper']]}: {o['steps']} steps from noise to text; light characters will still change"
+    name = bench.NAMES[o["paper"]]
+    title = f"{name}: {o['steps']} steps from noise to text; light characters will still change"
     return document(width, height, [text(20, 24, title, "start", font_weight="bold"), *parts], style)
 
 
@@ -191,30 +216,36 @@ def settle(o):
             for k, row in enumerate(state.int().tolist()):          # runs of equal cells, one rectangle each
                 edges = [i for i in range(L + 1) if (row[i] if i < L else 0) != (row[i - 1] if i else 0)]
                 path += "".join(f"M{a},{k}h{b - a}v1h{a - b}z" for a, b in zip(edges[::2], edges[1::2]))
-            parts.append(f'<path transform="translate({left} {top}) scale({size / L:.4f} {size / K:.4f})" d="{path}" '
-                         f'fill="{colour}" shape-rendering="crispEdges"/>')
-        parts += [f'<rect x="{left}" y="{top}" width="{size}" height="{size}" fill="none" stroke="#999"/>',
+            scale = f"translate({left} {top}) scale({size / L:.4f} {size / K:.4f})"
+            parts.append(f'<path transform="{scale}" d="{path}" fill="{colour}" '
+                         'shape-rendering="crispEdges"/>')
+        parts += [frame(left, top, size, size),
                   text(left + size / 2, top - 10, bench.NAMES[name], font_weight="bold"),
                   text(left + size / 2, top + size + 18, f"position, 1 to {L}"),
                   text(left - 6, top + 10, 1, "end"), text(left - 6, top + size, K, "end")]
     turn = 18, top + size / 2
     parts.append(text(*turn, "sampling step", transform=f"rotate(-90 {turn[0]} {turn[1]})"))
-    note = "colour: the guess is the final token and stays; grey: it is, but will change and come back; white: another token"
+    note = "colour: the guess is final; grey: it is the final token but will change; white: another"
     parts.append(text(46, top + size + 42, note, "start"))
     return document(max(720, 52 + len(names) * (size + 26)), top + size + 56, parts)
 
 
+def table_rows(out):
+    rows = bench.finished_rows(out)
+    if not rows:
+        raise data.UserError(f"no finished row under {out}: python tests/bench.py table --out={out}")
+    return rows
+
+
 def curves(o):
     """Bound (autoregressive: exact) on validation text against tokens trained."""
-    rows, series = bench.finished_rows(o["out"]), {}
+    rows, series = table_rows(o["out"]), {}
     for row in rows:
         cfg = row["config"]
         points = [(r["step"] * cfg["batch"] * cfg["length"] / 1e6, r["value"])
-                  for r in common.read_metrics(o["out"] / row["name"]) if r["kind"] in ("val", "final") and "value" in r]
+                  for r in common.read_metrics(o["out"] / row["name"]) if "value" in r]
         if points:
             series[row["name"]] = points
-    if not series:
-        raise data.UserError(f"no finished row under {o['out']}: python tests/bench.py table --out={o['out']}")
     references = data.load(cfg["data"], tokenizer=cfg["tokenizer"], length=cfg["length"]).references()
     values = [y for points in series.values() for _, y in points] + list(references.values())
     p = Panel(62, 34, 420, 280, (0, max(x for points in series.values() for x, _ in points)),
@@ -229,25 +260,24 @@ def curves(o):
 
 def frontier(o):
     """Judge perplexity and entropy of samples against sampling steps."""
-    rows = bench.finished_rows(o["out"])
-    if not rows:
-        raise data.UserError(f"no finished row under {o['out']}: python tests/bench.py table --out={o['out']}")
+    rows = table_rows(o["out"])
     samples = {r["name"]: sorted((int(k), s) for k, s in r["samples"].items()) for r in rows}
     held_out, unigram = (rows[0]["references"][k] for k in ("held-out text", "unigram text"))
-    steps = [k for s in samples.values() for k, _ in s]
-    x, parts = (min(steps) * 0.8, max(steps) * 1.25), []
-    ppl = [math.exp(s["nll"]) for v in samples.values() for _, s in v] + [math.exp(held_out["nll"]), math.exp(unigram["nll"])]
-    entropy = [s["entropy"] for v in samples.values() for _, s in v] + [held_out["entropy"]]
-    left = Panel(62, 34, 330, 280, x, (min(ppl) * 0.8, max(ppl) * 1.25), "judge perplexity", "sampling steps", "", True, True)
-    right = Panel(450, 34, 330, 280, x, (min(entropy) - 0.1, max(entropy) + 0.15), "entropy of a sample, nats",
-                  "sampling steps", "", True)
+    steps, cells = zip(*(pair for pairs in samples.values() for pair in pairs))
+    ppl = [math.exp(s["nll"]) for s in (*cells, held_out, unigram)]
+    entropy = [s["entropy"] for s in (*cells, held_out)]
+    x = min(steps) * 0.8, max(steps) * 1.25
+    left = Panel(62, 34, 330, 280, x, (min(ppl) * 0.8, max(ppl) * 1.25), "judge perplexity", "sampling steps",
+                 log_x=True, log_y=True)
+    right = Panel(450, 34, 330, 280, x, (min(entropy) - 0.1, max(entropy) + 0.15),
+                  "entropy of a sample, nats", "sampling steps", log_x=True)
     left.level(math.exp(held_out["nll"]), "held-out text")
     left.level(math.exp(unigram["nll"]), "unigram text")
     right.level(held_out["entropy"], "held-out text")
     for name, points in samples.items():
         left.curve([(k, math.exp(s["nll"])) for k, s in points], COLOURS[name])
         right.curve([(k, s["entropy"]) for k, s in points], COLOURS[name])
-    return document(960, 370, parts + left.parts + right.parts + legend(800, 50, samples))
+    return document(960, 370, left.parts + right.parts + legend(800, 50, samples))
 
 
 @torch.no_grad()
@@ -266,30 +296,34 @@ def noise_levels(name, model, u, x):
     if name == "flm":
         t = model.time.t_of(1 - u)
         return 2 * torch.log((1 - t) / t)
-    c = model.cfg                                                           # ELF: t is logit-normal, sigma = noise scale
+    c = model.cfg                               # ELF: t is logit-normal, sigma the noise scale
     t = torch.sigmoid(c.denoiser_p_mean + c.denoiser_p_std * torch.special.ndtri(1 - u))
     return 2 * torch.log(c.denoiser_noise_scale * (1 - t) / t)
 
 
-SCHEDULES = dict(langflow="learned: a Gumbel law", replaid="learned: a monotone net", flm="fixed by the vocabulary",
-                 nfdm="learned: process and times", elf="fixed: logit-normal")
+SCHEDULES = dict(langflow="learned: a Gumbel law", replaid="learned: a monotone net",
+                 flm="fixed by the vocabulary", nfdm="learned: process and times", elf="fixed: logit-normal")
 
 
 def schedules(o):
     """Noise level against its quantile in training, for each paper, before and after training."""
-    names, parts, u = finished(o["out"], bench.PAPERS), [], torch.linspace(0.005, 0.995, 100, dtype=torch.float64)
+    names, parts = finished(o["out"], bench.PAPERS), []
+    u = torch.linspace(0.005, 0.995, 100, dtype=torch.float64)
     for j, name in enumerate(names):
-        Paper, Cfg, _, _ = bench.paper(name)
-        model, cfg, corpus, _, _ = common.load_run(Paper, Cfg, common.start_world(), o["out"] / name, lambda note: None)
-        fresh, tokens = common.build(Paper, cfg, common.World()), corpus.rows("val", range(16))["tokens"]
-        values = [noise_levels(name, m, u, m.embed(tokens) if name == "nfdm" else None).tolist() for m in (fresh, model)]
-        p = Panel(62 + j * 210, 50, 160, 200, (0, 1), (min(map(min, values)) - 0.5, max(map(max, values)) + 0.5),
-                  bench.NAMES[name], "quantile of the training noise", "-log SNR" if j == 0 else "")
+        model, cfg, corpus = load(name, o["out"])
+        fresh, values = common.build(type(model), cfg, common.World()), []
+        for m in (fresh, model.cpu()):
+            x = m.embed(corpus.rows("val", range(16))["tokens"]) if name == "nfdm" else None
+            values.append(noise_levels(name, m, u, x).tolist())
+        limits = min(map(min, values)) - 0.5, max(map(max, values)) + 0.5
+        p = Panel(62 + j * 210, 50, 160, 200, (0, 1), limits, bench.NAMES[name],
+                  "quantile of the training noise", "-log SNR" if j == 0 else "")
         p.curve(zip(u.tolist(), values[0]), "#aaa", marks=False, dash="4 3")
         p.curve(zip(u.tolist(), values[1]), COLOURS[name], marks=False, width=2.5)
         parts += p.parts + [text(142 + j * 210, 26, SCHEDULES[name])]
-    parts.append(text(40, 314, "grey: at the start; colour: after training. Embeddings differ in width and norm: compare "
-                      "shapes, not levels, between panels", "start"))
+    note = ("grey: at the start; colour: after training. Embeddings differ in width and norm: compare "
+            "shapes, not levels, between panels")
+    parts.append(text(40, 314, note, "start"))
     return document(max(860, 40 + 210 * len(names)), 328, parts)
 
 
@@ -302,8 +336,8 @@ def main(argv):
         print(__doc__)
         return 0 if verb == "--help" else 2
     try:
-        o = bench.options(argv[1:], out="out/bench", to=str(bench.ROOT / "tests" / "figures"), paper="langflow", n=4,
-                          steps=48, seed=0, seconds=7.0)
+        o = bench.options(argv[1:], out="out/bench", to=str(bench.ROOT / "tests" / "figures"),
+                          paper="langflow", n=4, steps=48, seed=0, seconds=7.0)
         o.update(out=pathlib.Path(o["out"]), to=pathlib.Path(o["to"]))
         o["to"].mkdir(parents=True, exist_ok=True)
         for name in FIGURES if verb == "all" else [verb]:

@@ -1,4 +1,4 @@
-"""The equal-budget driver: the autoregressive row, the plain forms the heads are compared with, the table, the figures."""
+"""The equal-budget driver: the autoregressive row, the plain forms of the heads, the table, the figures."""
 import itertools
 import json
 import math
@@ -71,10 +71,12 @@ def test_plain_heads_compute_what_the_fused_ones_compute():
     x, targets, weight = head_inputs()
     for cap in (0.0, 3.0):
         pairs = []
-        for ce, embed in ((common.token_ce, common.expected_embedding), (bench.plain_token_ce, bench.plain_expected_embedding)):
+        for ce, embed in ((common.token_ce, common.expected_embedding),
+                          (bench.plain_token_ce, bench.plain_expected_embedding)):
             loss, nll = ce(**x, targets=targets, weight=weight, cap=cap)
             x_hat, nll2 = embed(**x, values=x["E"], targets=targets, cap=cap)
-            pairs.append([loss, nll, x_hat, nll2, *gradients(loss + x_hat.square().sum() + (weight * nll2).sum(), x)])
+            total = loss + x_hat.square().sum() + (weight * nll2).sum()
+            pairs.append([loss, nll, x_hat, nll2, *gradients(total, x)])
         for a, b in zip(*pairs):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
@@ -99,7 +101,8 @@ def test_plain_soft_loss_computes_what_flms_computes():
     head, u = torch.nn.Linear(6, 11).double(), torch.randn(3, 4, 6).double().requires_grad_()
     q, weight = torch.rand(12, 11).double(), torch.rand(3, 4).double()
     for mse in (False, True):
-        a, b = (f(u, head, weight, lambda part: q[part], 5.0, mse) for f in (flm.soft_loss, bench.plain_soft_loss))
+        forms = flm.soft_loss, bench.plain_soft_loss
+        a, b = (f(u, head, weight, lambda part: q[part], 5.0, mse) for f in forms)
         torch.testing.assert_close(a, b)
         inputs = dict(u=u, W=head.weight, b=head.bias)
         for x, y in zip(gradients(a[0], inputs), gradients(b[0], inputs)):
@@ -129,16 +132,19 @@ def test_bench_presets_are_one_budget(name):
 def quick_row(name, **changes):
     samples = {k: dict(nll=2.5, se=0.1, entropy=2.7, s_per_1000=0.4) for k in ("1", "64")}
     config = {k: 1 for k in bench.SHARED} | dict(preset="p", steps=1000, batch=32, length=64)
-    return dict(dict(name=name, config=config, params=1000, mflop=1.0, tok_s=100.0, step_ms=5.0, mfu="", device="cpu", torch="2",
-                     threads=1, cores=2, corpus="c", samples=samples, text="a`b", usage=dict(cpu_s=61, wall_s=99, peak_gb=0.5),
-                     bytes_per_token=1.0, references={"held-out text": samples["1"]}), **changes)
+    row = dict(name=name, config=config, params=1000, mflop=1.0, tok_s=100.0, step_ms=5.0, mfu="",
+               device="cpu", torch="2", threads=1, cores=2, corpus="c", samples=samples, text="a`b", bytes_per_token=1.0,
+               usage=dict(cpu_s=61, wall_s=99, peak_gb=0.5), references={"held-out text": samples["1"]})
+    return row | changes
 
 
 def test_the_table_names_what_is_not_a_bound_and_not_the_budget():
     rows = [quick_row("langflow", bound=dict(value=2 * math.log(2), se=0.01), estimator="SDE bound"),
-            quick_row("elf", val=dict(l2=0.5, ce=2.0, rows=9), config=quick_row("elf")["config"] | dict(batch=16))]
+            quick_row("elf", val=dict(l2=0.5, ce=2.0, rows=9),
+                      config=quick_row("elf")["config"] | dict(batch=16))]
     text = bench.markdown(rows)
-    assert "| 1.386 ± 0.010 | 2.00 | SDE bound |" in text and "| none | none | no bound; l2 0.500, ce 2.000 |" in text
+    assert "| 1.386 ± 0.010 | 2.00 | SDE bound |" in text
+    assert "| none | none | no bound; l2 0.500, ce 2.000 |" in text
     assert "**Not the same budget:** elf: batch=16" in text and "1m01s" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {11, 5}                                    # header, rule and every row agree
@@ -146,7 +152,8 @@ def test_the_table_names_what_is_not_a_bound_and_not_the_budget():
 
 
 def test_a_finished_row_is_kept_and_a_failed_one_names_its_log(tmp_path, capsys):
-    (tmp_path / "ar.json").write_text(json.dumps(quick_row("ar", bound=dict(value=1.0, se=0.1), estimator="exact")))
+    row = quick_row("ar", bound=dict(value=1.0, se=0.1), estimator="exact")
+    (tmp_path / "ar.json").write_text(json.dumps(row))
     assert bench.main(["table", f"--out={tmp_path}", "--papers=ar"]) == 0       # nothing is trained
     assert not (tmp_path / "ar.log").exists() and "autoregressive" in (tmp_path / "table.md").read_text()
     assert bench.main(["table", f"--out={tmp_path}", "--papers=langflow", "--preset=nonsense"]) == 2
