@@ -60,19 +60,19 @@ _PUBLISHED = dict(
     schedule_lr=3e-4,                                                       # not published
     self_cond_prob=0.25, bias_ramp=5000, gumbel_loc=4.723, gumbel_scale=0.852, gumbel_entropy=7.02,
     log_every=100, val_every=10_000, save_every=5000, sample_every=10_000)
-_TINY = dict(d_model=64, n_layer=3, n_head=4, cond_dim=64, length=64, batch=32, lr=5e-3, warmup=50,
+_TINY = dict(d_model=64, n_layer=3, n_head=2, cond_dim=64, length=64, batch=32, lr=3e-3, beta2=0.9, warmup=50,
              lr_schedule="cosine", gate_init=0.5, ema=0.998, schedule_lr=2e-2)
 _TEN_MINUTES = dict(d_model=384, n_layer=6, n_head=6, cond_dim=128, length=256, lr=6e-4, warmup=200,
                     lr_schedule="cosine", gate_init=0.5, ema=0.999, schedule_lr=5e-3, bias_ramp=200)
 
 PRESETS = {
-    "tiny": dict(_TINY, steps=1800),
+    "tiny": dict(_TINY, steps=2200),
     "lm1b": dict(_PUBLISHED, data="lm1b", length=128),
     "owt": dict(_PUBLISHED, data="openwebtext", tokenizer="gpt2", length=1024),
     # text of your own on one GPU: python langflow.py --preset=text --data=FILE_OR_FOLDER
     "text": dict(_TEN_MINUTES, tokenizer="bpe1024", batch=128, steps=10_000, dropout=0.1),
     # the equal-budget comparison of the five papers: same trunk, batch and steps for all
-    "bench10-cpu": dict(_TINY, steps=2500),
+    "bench10-cpu": dict(_TINY, n_head=4, steps=2500),
     "bench10": dict(_TEN_MINUTES, data="wikitext103", tokenizer="gpt2", batch=64, steps=8000),
 }
 

@@ -1,4 +1,4 @@
-"""langflow.py: golden parity with the official code, the identities behind it, and what a bound may and may not do.
+"""langflow.py: golden parity with the official code, the identities behind it, and what a bound may do.
 
 Every array of the golden set is compared; none is left out.
 """
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import data
 import langflow
 from conftest import golden
 from langflow import Config, Gumbel, LangFlow, alpha_sigma, bc, c_skip, flow_integral, flow_step, tau_of
@@ -22,15 +23,14 @@ def g():
 
 
 def small(**keys):
-    base = dict(vocab=29, d_model=32, cond_dim=16, n_layer=2, n_head=2, length=8, batch=3, steps=10, gate_init=0.0,
-                self_cond_prob=0.25, unigram_entropy=3.05)
+    base = dict(vocab=29, d_model=32, cond_dim=16, n_layer=2, n_head=2, length=8, unigram_entropy=3.05)
     return Config(**{**base, **keys})
 
 
 def official(g, dtype=torch.float32):
     """The golden model, its size read from the arrays."""
-    V, D, C, n, heads, L, B = g["cfg/ints"].tolist()
-    model = LangFlow(small(vocab=V, d_model=D, cond_dim=C, n_layer=n, n_head=heads, length=L, batch=B))
+    V, D, C, n, heads, L, _ = g["cfg/ints"].tolist()
+    model = LangFlow(small(vocab=V, d_model=D, cond_dim=C, n_layer=n, n_head=heads, length=L))
     model.load_state_dict({k[2:]: v.reshape(model.state_dict()[k[2:]].shape) for k, v in g.items()
                            if k.startswith("w/") and not k.endswith("inv_freq")})
     return model.to(dtype).eval()
@@ -101,15 +101,15 @@ def test_golden_network(g, tag):
 
 
 def test_published_safetensors_load_by_name(g, tmp_path):
-    """The file is written here byte by byte: length, JSON header, data; inv_freq is in it and must be ignored."""
+    """The file is made here byte by byte (length, JSON header, data); inv_freq is in it and is ignored."""
     raw = {k[2:]: v for k, v in g.items() if k.startswith("w/")}
-    header, data = {}, b""
+    header, body = {}, b""
     for name, v in raw.items():
         shape = [] if name.startswith("proposal") else list(v.shape)
-        header[name] = dict(dtype="F32", shape=shape, data_offsets=[len(data), len(data) + v.numel() * 4])
-        data += v.numpy().tobytes()
+        header[name] = dict(dtype="F32", shape=shape, data_offsets=[len(body), len(body) + v.numel() * 4])
+        body += v.numpy().tobytes()
     text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + body)
     m, same = LangFlow(small(gate_init=0.7)), official(g)
     common.initial_weights(m, tmp_path / "model.safetensors")
     for name, v in m.state_dict().items():
@@ -130,7 +130,8 @@ def test_golden_gradients(g):
     alpha, sigma = alpha_sigma(g["in/gamma"])
     z = bc(alpha) * F.embedding(g["in/tokens"], E) + bc(sigma) * g["in/noise"]
     weight = torch.full(g["in/tokens"].shape, 1 / g["in/tokens"].numel())
-    loss, _ = common.token_ce(**m.head(z, g["in/gamma"], g["in/x_self_cond"], E), targets=g["in/tokens"], weight=weight)
+    head = m.head(z, g["in/gamma"], g["in/x_self_cond"], E)
+    loss, _ = common.token_ce(**head, targets=g["in/tokens"], weight=weight)
     loss.backward()
     close(loss, g["grad/loss"], 5e-6)
     grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
@@ -143,7 +144,7 @@ def test_golden_gradients(g):
 
 def test_golden_schedule(g):
     p = official(g).proposal
-    assert torch.equal(p.gamma_of(g["sched/q"]), g["sched/gamma_of_q"])         # the float32 recipe, bit for bit
+    assert torch.equal(p.gamma_of(g["sched/q"]), g["sched/gamma_of_q"])     # the float32 recipe, bit for bit
     close(p.gamma_range()[0], g["sched/gamma_min"], 1e-5)
     close(p.gamma_range()[1], g["sched/gamma_max"], 1e-5)
     close(p.log_density(g["sched/gamma_of_q"]), g["sched/log_pdf"], 5e-6)
@@ -177,7 +178,7 @@ def test_golden_generation(g):
     calls, inner = [], m.head
     m.head = lambda z, *args, **kw: calls.append((z, inner(z, *args, **kw))) or calls[-1][1]
     tokens = m.sample(3, 8, int(g["samp/num_steps"]), noise=g["samp/z_init"])
-    assert len(calls) == int(g["samp/num_steps"])                               # NFE = N: N - 1 updates and one decode
+    assert len(calls) == int(g["samp/num_steps"])     # NFE = N: N - 1 updates, one decode
     close(torch.stack([logits_of(h) for _, h in calls]), g["samp/logits"], 2e-4)
     close(torch.stack([z for z, _ in calls[1:]]), g["samp/z"], 1e-5)
     assert torch.equal(tokens, g["samp/tokens"])
@@ -190,7 +191,7 @@ def test_golden_divergence(g, mode, tag):
     x_hat, trace = m.divergence(z, gamma, E, g["div/u"], mode)
     close(x_hat, g[f"div/xhat_{tag}"], 1e-5)
     close(trace, g[f"div/hutch_{tag}"], 2e-4)
-    basis = torch.eye(z[0].numel()).view(-1, *z[0].shape)                       # one probe per coordinate: the exact trace
+    basis = torch.eye(z[0].numel()).view(-1, *z[0].shape)         # probes that add up to the exact trace
     for row in range(2):
         rows = z[row].expand(len(basis), -1, -1)
         _, part = m.divergence(rows, g["div/gamma"].expand(len(basis)), E, basis, mode)
@@ -209,7 +210,7 @@ def test_golden_ode_likelihood(g, tag, solver, divergence, masked):
     close(out["reconst"], g[f"nll/{tag}/reconst_nll"], 3e-4)
     close(out["integral"], g[f"nll/{tag}/int_nll"], 3e-4)
     close(out["prior"], g[f"nll/{tag}/prior_nll"], 3e-4)
-    close(out["nll"] - out["control"], g[f"nll/{tag}/nll"], 3e-4)               # the official form has no control variate
+    close(out["nll"] - out["control"], g[f"nll/{tag}/nll"], 3e-4)   # the official form has no control
     grid = m.proposal.gamma_of(torch.linspace(0, 1, int(g["nll/n_steps"]) + 1))
     close(grid, g["nll/gamma_grid"], 1e-5)
     count = mask.sum(1) if masked else torch.full((3,), 8)
@@ -219,7 +220,7 @@ def test_golden_ode_likelihood(g, tag, solver, divergence, masked):
 def test_golden_sde_likelihood(g):
     m = official(g)
     out = m.nll(g["in/tokens"], likelihood="sde", draws=3, t=g["sde/uniform"], noise=g["sde/noise"])
-    for mine, key in (("reconst", "reconst_nll"), ("integral", "int_nll"), ("prior", "prior_nll"), ("nll", "nll")):
+    for mine, key in dict(reconst="reconst_nll", integral="int_nll", prior="prior_nll", nll="nll").items():
         close(out[mine], g[f"sde/{key}"], 2e-4)
 
 
@@ -230,14 +231,15 @@ def test_golden_four_training_steps(g):
     ema = {n: p.detach().clone() for n, p in m.named_parameters()}
     log = g["train/log_ce_sched_gnorm_gsched_lr_entropy_loc_scale"]
     for i in range(4):
-        loss, metrics = m.loss(dict(tokens=g["train/tokens"][i]), t=g["train/q"][i], noise=g["train/noise"][i],
-                               coins=g["train/sc_rows"][i].bool())
+        loss, metrics = m.loss(dict(tokens=g["train/tokens"][i]), t=g["train/q"][i],
+                               noise=g["train/noise"][i], coins=g["train/sc_rows"][i].bool())
         opt.zero_grad()
         loss.backward()
         gnorm = torch.nn.utils.clip_grad_norm_(m.backbone.parameters(), 1.0)
         gsched = torch.stack([p.grad for p in m.proposal.parameters()]).norm()
         lr = 1e-2 * min(1.0, i / 2)
-        seen = [metrics["ce"], metrics["sched"], gnorm, gsched, lr, metrics["entropy"], metrics["loc"], metrics["scale"]]
+        seen = [metrics["ce"], metrics["sched"], gnorm, gsched, lr]
+        seen += [metrics["entropy"], metrics["loc"], metrics["scale"]]
         for mine, theirs in zip(seen, log[i]):
             close(mine, theirs, 2e-5)
         opt.param_groups[0]["lr"] = lr
@@ -328,13 +330,14 @@ def test_untrained_model_is_the_exact_posterior_of_independent_tokens():
 
 
 def test_cross_entropy_grows_by_half_the_mmse():
-    """I-MMSE: d CE / d gamma = e^-gamma / 2 * E ||E_x - x_hat||^2, which makes the SDE integral a likelihood."""
+    """I-MMSE: d CE / d gamma = e^-gamma / 2 * E ||E_x - x_hat||^2 makes the SDE integral a likelihood."""
     probs = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     m = iid_model(probs, D=8)
-    tokens = torch.multinomial(probs, 100_000, replacement=True).view(-1, 4)
+    tokens = torch.multinomial(probs, 40_000, replacement=True).view(-1, 4)
     eps = torch.randn(len(tokens), 4, 8, dtype=torch.float64)
     for gamma in (0.0, 1.0, 2.0):
-        slope = (ce_and_mmse(m, tokens, gamma + 0.05, eps)[0] - ce_and_mmse(m, tokens, gamma - 0.05, eps)[0]) / 0.1
+        high, low = (ce_and_mmse(m, tokens, gamma + step, eps)[0] for step in (0.05, -0.05))
+        slope = (high - low) / 0.1
         mmse = ce_and_mmse(m, tokens, gamma, eps)[1]
         assert abs(slope / (0.5 * math.exp(-gamma) * mmse) - 1) < 0.03
 
@@ -363,30 +366,28 @@ def test_hutchinson_probes_average_to_the_trace():
 
 
 def test_gradients_of_network_and_schedule_do_not_mix():
-    def grads(with_sched):
+    def grads(schedule_learns):
         torch.manual_seed(1)
         m = random_model()
-        torch.manual_seed(2)
+        m.proposal.requires_grad_(schedule_learns)
         loss, metrics = m.loss(dict(tokens=torch.randint(29, (4, 8))))
-        E, gamma = None, None
-        if not with_sched:                          # cut the second term: the CE alone
-            loss = loss - (loss - metrics["ce"])
         loss.backward()
-        return {n: p.grad for n, p in m.named_parameters()}, metrics
+        return m, metrics, {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
 
-    both, metrics = grads(True)
-    assert all(both[f"proposal.{n}"].abs() > 0 for n in ("loc", "scale", "entropy"))
-    torch.manual_seed(1)
-    m = random_model()
-    torch.manual_seed(2)
-    frozen = torch.nn.ParameterDict(dict(m.proposal.named_parameters()))
-    for p in frozen.values():
-        p.requires_grad_(False)
-    loss, _ = m.loss(dict(tokens=torch.randint(29, (4, 8))))
-    loss.backward()
-    for n, p in m.backbone.named_parameters():      # bit-identical with and without the schedule's loss
-        assert torch.equal(p.grad, both[f"backbone.{n}"]), n
-    assert all(p.grad is None for p in frozen.values())
+    m, metrics, both = grads(True)
+    _, _, alone = grads(False)                      # no graph at all behind the schedule: the CE's gradient
+    assert set(both) - set(alone) == {"proposal.loc", "proposal.scale", "proposal.entropy"}
+    for n in alone:
+        assert torch.equal(alone[n], both[n]), n
+    # they get exactly the gradient of L_sched: 2 (H - CE_row) dH, where dH / d entropy = H / entropy = q
+    t, tokens, noise = torch.rand(4).double(), torch.randint(29, (4, 8)), torch.randn(4, 8, 32).double()
+    m.zero_grad()
+    m.loss(dict(tokens=tokens), t=t, noise=noise, coins=torch.zeros(4, dtype=torch.bool))[0].backward()
+    E, gamma = m.codebook(), m.proposal.gamma_of(t)
+    alpha, sigma = alpha_sigma(gamma)
+    z = bc(alpha) * F.embedding(tokens, E) + bc(sigma) * noise
+    row = m.denoise(z, gamma, torch.zeros_like(z), E, tokens)[1].mean(1)
+    close(m.proposal.entropy.grad, (2 * (m.proposal.entropy * t - row) * t).mean(), 1e-10)
 
 
 def test_schedule_fits_a_known_information_curve():
@@ -421,7 +422,7 @@ def test_self_conditioning_forms():
     tosses = [coin.self_cond_rows(common.Rows(0, step, 0, 4, 8)) for step in range(400)]
     assert all(x.all() or not x.any() for x in tosses)
     assert abs(sum(bool(x[0]) for x in tosses) / 400 - 0.3) < 0.1
-    assert torch.equal(coin.self_cond_rows(common.Rows(0, 7, 4, 4, 8)), tosses[7])      # the other rank agrees
+    assert torch.equal(coin.self_cond_rows(common.Rows(0, 7, 4, 4, 8)), tosses[7])  # as the other rank
 
 
 def test_equivariance_and_invariance():
@@ -445,7 +446,7 @@ def test_equivariance_and_invariance():
 
 
 def test_masked_loss_is_the_mean_over_the_global_batch():
-    """Two halves averaged = the whole batch, with real lengths that differ; noise, times and subsets passed in."""
+    """Two halves averaged = the whole batch, though their real lengths differ."""
     m = random_model()
     torch.manual_seed(4)
     tokens, t, noise = torch.randint(29, (8, 8)), torch.rand(8).double(), torch.randn(8, 8, 32).double()
@@ -453,14 +454,12 @@ def test_masked_loss_is_the_mean_over_the_global_batch():
     mask, coins = torch.arange(8) < lens[:, None], torch.arange(8) % 4 == 1
 
     def part(s, **extra):
-        return m.loss(dict(tokens=tokens[s], mask=mask[s], **extra), t=t[s], noise=noise[s], coins=coins[s])[0]
+        batch = dict(tokens=tokens[s], mask=mask[s], **extra)
+        return m.loss(batch, t=t[s], noise=noise[s], coins=coins[s])[0]
 
     whole = part(slice(0, 8))
     halves = [part(slice(i, i + 4), global_len=lens) for i in (0, 4)]
     close(sum(halves) / 2, whole, 1e-12)
-    changed = torch.where(mask, tokens, 0)                      # targets under the mask are not read ...
-    head = m.loss(dict(tokens=tokens, mask=mask), t=t, noise=noise, coins=coins)[1]["ce"]
-    assert torch.isfinite(head) and not torch.equal(changed, tokens)
 
 
 def test_bias_ramp_and_initial_values():
@@ -483,7 +482,8 @@ def test_published_parameter_counts(preset, count):
     assert "backbone.self_cond_proj.weight" in model.state_dict() and "proposal.loc" in model.state_dict()
 
 
-@pytest.mark.parametrize("keys", [dict(self_cond_form="always"), dict(self_cond_prob=0.3), dict(self_cond_prob=1.5)])
+@pytest.mark.parametrize("keys", [dict(self_cond_form="always"), dict(self_cond_prob=0.3),
+                                  dict(self_cond_prob=1.5)])
 def test_bad_configuration_is_refused(keys):
     with pytest.raises(common.UserError, match="self_cond"):
         LangFlow(small(**keys))
@@ -505,10 +505,10 @@ def test_bad_options_are_refused(call):
 
 
 class Oracle(LangFlow):
-    """LangFlow around the exact posterior of a Markov chain (forward-backward): every solver is the shipped one.
+    """LangFlow around the exact posterior of a Markov chain ; the solvers are the shipped ones.
 
-    `copy` = lambda mixes the self-conditioning input in, x_hat = (1 - lambda) x_hat* + lambda x_sc, which leaves the
-    trajectory as it is (x_sc = x_hat*) but moves part of the divergence into the term that `detached` drops.
+    `copy` = lambda mixes the self-conditioning input in, x_hat = (1 - lambda) x_hat* + lambda x_sc. That
+    leaves the trajectory as it is (x_sc = x_hat*) but moves divergence into the term that `detached` drops.
     """
 
     def __init__(self, g, copy=0.0):
@@ -533,8 +533,8 @@ class Oracle(LangFlow):
 
     def head(self, z_t, gamma, x_sc, E, ramp=1.0):
         V = len(E)
-        return dict(u=self.posterior(z_t, gamma), W=torch.eye(V, dtype=E.dtype), b=torch.zeros(V, dtype=E.dtype),
-                    skip=torch.zeros_like(z_t), E=E)
+        eye, zeros = torch.eye(V, dtype=E.dtype), torch.zeros(V, dtype=E.dtype)
+        return dict(u=self.posterior(z_t, gamma), W=eye, b=zeros, skip=torch.zeros_like(z_t), E=E)
 
     def denoise(self, z_t, gamma, x_sc, E, targets=None, ramp=1.0):
         x_hat, nll = super().denoise(z_t, gamma, x_sc, E, targets, ramp)
@@ -569,7 +569,7 @@ def test_oracle_likelihood_is_exact_for_every_draw(g, n):
     gamma = m.proposal.gamma_of(torch.linspace(0, 1, n + 1, dtype=torch.float64)).detach()
     basis = torch.eye(32, dtype=torch.float64).view(32, 4, 8)
 
-    def field(y, j):                                                            # exact trace: one probe per coordinate
+    def field(y, j):          # exact trace: one probe per coordinate
         z = alpha_sigma(gamma[j])[1] * y
         many = z.repeat_interleave(32, 0)
         x_hat, part = m.divergence(many, gamma[j].expand(len(many)), E, basis.repeat(4, 1, 1), "none")
@@ -578,9 +578,9 @@ def test_oracle_likelihood_is_exact_for_every_draw(g, n):
     y_b, integral = flow_integral(field, z_a / bc(sigma), tau_of(gamma))
     prior = 0.5 * y_b.square().sum((1, 2)) - 16
     control = 16 - 0.5 * eps.square().sum((1, 2))
-    for mine, key, tol in ((reconst, "reconst_nll", 1e-8), (integral, "int_nll", 1e-8), (prior, "prior_nll", 1e-8),
-                           (prior + control, "prior_nll_cv", 1e-8), (y_b, "y_final", 1e-8)):
-        close(mine, g[f"toy/n{n}/{key}"], tol)
+    for mine, key in ((reconst, "reconst_nll"), (integral, "int_nll"), (prior, "prior_nll"),
+                      (prior + control, "prior_nll_cv"), (y_b, "y_final")):
+        close(mine, g[f"toy/n{n}/{key}"], 1e-8)
     close(reconst + integral + prior + control, -g["toy/logP"], 0.025)
 
 
@@ -600,16 +600,17 @@ def test_sde_bound_is_tight_for_the_exact_denoiser(g):
 
 
 def test_detached_likelihood_is_not_a_bound(g):
-    """Same denoiser, same trajectory: the figure falls below the entropy as the network copies its own estimate."""
+    """Same denoiser, same trajectory: the figure falls as the network copies its own estimate."""
     tokens = chain_samples(g["toy/pi"], g["toy/P"], 300, 4)
     true = -chain_logp(g["toy/pi"], g["toy/P"], tokens).mean()
     results = {}
     for copy in (0.0, 0.25, 0.5, 1.0):
         for mode in ("chain", "detached"):
             torch.manual_seed(5)
-            results[copy, mode] = Oracle(g, copy).nll(tokens, likelihood="ode", divergence=mode, ode_steps=24)["nll"].mean()
+            out = Oracle(g, copy).nll(tokens, likelihood="ode", divergence=mode, ode_steps=24)
+            results[copy, mode] = out["nll"].mean()
     for copy in (0.0, 0.25, 0.5, 1.0):
-        assert abs(results[copy, "chain"] - true) < 0.3                         # a bound, and here a tight one
+        assert abs(results[copy, "chain"] - true) < 0.3                     # a bound, and here a tight one
         expected = results[0.0, "detached"] - copy * (results[0.0, "detached"] - results[1.0, "detached"])
         assert abs(results[copy, "detached"] - expected) < 0.1                  # linear in lambda
     assert results[0.25, "detached"] < true - 0.8 and abs(results[1.0, "detached"]) < 0.3
@@ -629,7 +630,8 @@ def test_oracle_sampling(g):
     tv = {}
     for steps, solver in ((4, "euler"), (16, "euler"), (8, "heun")):
         torch.manual_seed(6)
-        tv[steps, solver] = 0.5 * (bigram_table(m.sample(2000, 4, steps, solver=solver), V) - exact.flatten()).abs().sum()
+        seen = bigram_table(m.sample(2000, 4, steps, solver=solver), V)
+        tv[steps, solver] = 0.5 * (seen - exact.flatten()).abs().sum()
     assert tv[16, "euler"] < 0.06 < tv[4, "euler"]
     assert tv[8, "heun"] < 0.06
 
@@ -656,7 +658,7 @@ def test_infilling_prefix_and_rewriting(g):
 def test_temperature_and_steps(g):
     oracle = Oracle(g)
     modes = [bigram_table(oracle.sample(500, 4, 16, temperature=T), 5) for T in (1.0, 0.5)]
-    assert modes[1].max() > modes[0].max() + 0.03                               # colder: fewer, likelier pairs
+    assert modes[1].max() > modes[0].max() + 0.03          # colder: fewer, likelier pairs
     m = random_model()
     for steps in (1, 2, 5):
         assert m.sample(2, 8, steps).shape == (2, 8)
@@ -669,37 +671,35 @@ def test_temperature_and_steps(g):
 # --- learning --------------------------------------------------------------------------------------
 
 
-def markov(V, L, seed, sharp=1.0):
-    """A random chain: (pi, P, entropy in nats per sequence), by enumeration of the transition table."""
-    torch.manual_seed(seed)
-    P = (sharp * torch.randn(V, V, dtype=torch.float64)).softmax(-1)
-    pi = torch.linalg.matrix_power(P, 200)[0]
-    step = -(pi[:, None] * P * P.log()).sum()
-    return pi, P, (-(pi * pi.log()).sum() + (L - 1) * step).item()
+def markov(V, L, seed, concentration=0.3):
+    """A chain of known entropy: (pi, P as tensors, nats per sequence)."""
+    pi, P = data.markov_chain(V, seed, concentration)
+    return torch.from_numpy(pi), torch.from_numpy(P), data.markov_entropy(pi, P, L)
 
 
-def train(model, draw, steps, batch, lr, schedule_lr, log=None):
-    """The bare loop: nothing of common's training loop is needed to use a paper file."""
-    opt = torch.optim.AdamW([dict(params=grp["params"], lr=lr if i == 0 else schedule_lr)
-                             for i, grp in enumerate(model.param_groups())], weight_decay=0.0)
+def train(model, draw, steps, batch, lr, schedule_lr):
+    """The bare loop: the training loop in common.py is not needed. Returns the mean of late metrics."""
+    network, schedule = (group["params"] for group in model.param_groups())
+    opt = torch.optim.Adam([dict(params=network, lr=lr), dict(params=schedule, lr=schedule_lr)])
     model.train()
+    history = []
     for step in range(steps):
         loss, metrics = model.loss(dict(tokens=draw(batch), rows=common.Rows(0, step, 0, batch, batch)))
         opt.zero_grad()
         loss.backward()
-        for grp in model.param_groups():
-            torch.nn.utils.clip_grad_norm_(grp["params"], 1.0)
+        for params in (network, schedule):
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
         model.after_step(step, torch.tensor(True))
-        if log is not None and step % 250 == 249:
-            log.append({k: round(v.item(), 3) for k, v in metrics.items()})
-    return model.eval()
+        history.append(metrics)
+    model.eval()
+    return {k: torch.stack([m[k] for m in history[-200:]]).mean().item() for k in metrics}
 
 
 def test_learning_a_source_of_known_entropy():
     """The bound falls towards the entropy of the source and stays above it."""
     L = 4
-    pi, P, entropy = markov(4, L, seed=0, sharp=2.0)
+    pi, P, entropy = markov(4, L, seed=0)
     unigram = L * -(pi * pi.log()).sum().item()
     model = LangFlow(small(vocab=4, d_model=32, length=L, unigram_entropy=math.log(4), gate_init=0.5))
     tokens = chain_samples(pi, P, 2000, L)
@@ -711,7 +711,43 @@ def test_learning_a_source_of_known_entropy():
     before = bound()[0]
     train(model, lambda n: chain_samples(pi, P, n, L), 400, 64, 5e-3, 2e-2)
     after, error = bound()
-    print(f"entropy {entropy:.3f}  unigram {unigram:.3f}  bound before {before:.3f}  after {after:.3f} +- {error:.3f}")
+    print(f"entropy {entropy:.3f} unigram {unigram:.3f} bound {before:.3f} -> {after:.3f} +- {error:.3f}")
     assert after < before - 0.5 and after < unigram - 0.5 * (unigram - entropy)
     source = -chain_logp(pi, P, tokens).mean().item()                           # this sample's own entropy
     assert after > source - 4 * error
+
+
+@pytest.mark.slow
+def test_section_12_a_markov_source_and_the_three_ode_estimators():
+    """Minutes: pytest -s --slow -k section_12. The bounds (chain, none, SDE) stay above the entropy, detached
+    falls below chain; mean CE ends at entropy / 2 and the CE is a straight line in q."""
+    L, V = 16, 16
+    pi, P, entropy = markov(V, L, seed=0)
+    model = LangFlow(small(vocab=V, cond_dim=32, length=L, gumbel_loc=2.0, unigram_entropy=math.log(V)))
+    last = train(model, lambda n: chain_samples(pi, P, n, L), 1500, 64, 2e-3, 5e-3)
+    print("\n", {k: round(v, 3) for k, v in last.items()}, "2 CE / entropy", 2 * last["ce"] / last["entropy"])
+    tokens = chain_samples(pi, P, 512, L)
+    figures = dict(true=-chain_logp(pi, P, tokens) / L)
+    for name, options in (("sde", {}), *((mode, dict(likelihood="ode", divergence=mode))
+                                         for mode in ("none", "chain", "detached"))):
+        torch.manual_seed(1)                                    # the same eps and probes for all estimators
+        figures[name] = model.nll(tokens, **options)["nll"].double() / L
+    error = {k: ((v - figures["true"]).std() / len(tokens) ** 0.5).item() for k, v in figures.items()}
+    print(f"  source {entropy / L:.3f} nats/token;", ", ".join(
+        f"{k} {v.mean():.3f} +- {error[k]:.3f}" for k, v in figures.items()))
+    E, q = model.codebook().detach(), (torch.arange(8) + 0.5) / 8
+    x, curve = F.embedding(tokens, E), []
+    for gamma in model.proposal.gamma_of(q).detach():
+        level = gamma.expand(len(x))
+        z = bc(alpha_sigma(level)[0]) * x + bc(alpha_sigma(level)[1]) * torch.randn_like(x)
+        with torch.no_grad():
+            curve.append([model.two_pass(z, level, E, tokens, sc)[1].mean().item() for sc in (False, True)])
+    for a, (one, two) in zip(q.tolist(), curve):
+        print(f"  q {a:.3f}  entropy q {a * last['entropy']:.3f}  CE in one pass {one:.3f}, in two {two:.3f}")
+    for name in ("sde", "none", "chain"):
+        assert (figures[name] - figures["true"]).mean() > -3 * error[name]
+    gap = figures["chain"] - figures["detached"]
+    assert gap.mean() > 3 * gap.std() / len(tokens) ** 0.5
+    assert abs(last["ce"] / last["entropy"] * 2 - 1) < 0.05
+    unit = F.normalize(E, dim=1)
+    assert torch.cdist(unit, unit).topk(2, largest=False).values[:, 1].mean() > 0.5     # no collapse
