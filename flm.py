@@ -72,9 +72,9 @@ DISTILL = dict(objective="semigroup", diagonal="teacher", diagonal_fraction=0.5,
                steps=1_000_000)
 PRESETS = {
     "tiny": dict(data="prose", tokenizer="char", length=64, d_model=64, n_layer=3, n_head=4, cond_dim=64,
-                 gate_init=0.5, batch=32, steps=2600, lr=2e-3, warmup=100, lr_schedule="cosine", min_lr=0.1,
+                 gate_init=0.5, batch=32, steps=1800, lr=2e-3, warmup=100, lr_schedule="cosine", min_lr=0.1,
                  ema=0.998),
-    "tiny-distill": dict(steps=1600, lr=1e-3, beta2=0.95, boundary_prob=4),
+    "tiny-distill": dict(steps=1200, lr=1e-3, beta2=0.95, boundary_prob=4),
     # three rows of two tokens that depend on each other: what one step cannot do without a flow map
     "toy": dict(data="newdiego", length=2, d_model=32, n_layer=2, n_head=2, cond_dim=32, attn_softcap=50.0,
                 batch=256, steps=1500, lr=2e-3, warmup=100, ema=0.999, log_every=250, val_every=0),
@@ -312,6 +312,7 @@ def spread(k, n):
 class FLM(nn.Module):
     """FLM (stage train: one time) and FMLM (stage distill: two times, with an FLM as its teacher)."""
     log_keys = ("diagonal", "off")              # FMLM: the two groups of a training batch
+    init_keys = ("attn_softcap", "logit_cap")   # --init refuses a checkpoint with other caps
 
     def __init__(self, cfg):
         super().__init__()
@@ -332,6 +333,11 @@ class FLM(nn.Module):
         self.val_keys = ("ce", "off") if self.two_times else ("ce",)    # averages over tau, not bounds
         self.default_steps = 4 if self.two_times else 64
         self._teacher = []                  # a list keeps the teacher out of parameters() and state_dict()
+
+    @staticmethod
+    def distils_alone(cfg):
+        """True where --stage=distill needs no teacher."""
+        return cfg.diagonal == "data" and not cfg.lagrangian_teacher
 
     # Small names for the parts of the shared backbone.
     @property
@@ -439,7 +445,7 @@ class FLM(nn.Module):
         tokens, cfg = batch["tokens"], self.cfg
         teacher = self._teacher[0] if self._teacher and self.training else None
         from_data = cfg.diagonal == "data" or not self.training
-        if teacher is None and self.training and (cfg.diagonal == "teacher" or cfg.lagrangian_teacher):
+        if teacher is None and self.training and not self.distils_alone(cfg):
             raise data.UserError("--stage=distill needs --teacher=CKPT of an FLM (or --diagonal=data)")
         # 1. roles and times, rows sorted into diagonal rows first
         roles = self.roles(rows) if coins is None else [int(c) for c in coins]

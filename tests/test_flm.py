@@ -744,13 +744,15 @@ def test_both_stages_through_the_command_line(tmp_path, monkeypatch, capsys):
     run = lambda *argv: common.main(flm.FLM, flm.Config, flm.PRESETS, list(argv))
     run("--preset=toy", "--steps=12", "--batch=64")
     run("--preset=toy", "--stage=distill", "--teacher=out/flm-toy/ckpt.pt", "--steps=8", "--batch=64")
+    run("--preset=toy", "--stage=distill", "--diagonal=data", "--steps=2", "--batch=64", "--out=out/alone")
     run("sample", "--out=out/flm-toy-distill", "--steps=2", "--churn=0.8", "--n=2", "--watch=true")
-    run("eval", "--steps=2", "--n=16", "--rows=64")
+    run("eval", "--steps=2", "--n=16", "--rows=64", "--out=out/flm-toy")
     text = capsys.readouterr().out
     assert "val_ce" in text and "tau 0.5" in text and "no likelihood bound" in text and "sample 2|" in text
     distill = ["--stage=distill", "--teacher=out/flm-toy/ckpt.pt"]
     for words, argv in {"needs --teacher": distill[:1], "another shape": [*distill, "--d_model=64"],
-                        "jump from 0 to 1": [*distill, "--boundary_prob=0"]}.items():
+                        "jump from 0 to 1": [*distill, "--boundary_prob=0"],
+                        "--attn_softcap=50": ["--init=out/flm-toy/ckpt.pt", "--attn_softcap=0"]}.items():
         with pytest.raises(SystemExit) as e:
             run("--preset=toy", f"--out=out/{len(words)}", *argv)
         assert e.value.code == 2
