@@ -663,21 +663,21 @@ class RePlaid(nn.Module):
         """Tokens [n, length]: `steps` updates of one network call each (heun: two), then one for the argmax.
 
         Held positions (known [n, L] where known_mask: a prefix, an infilling) take their own embedding as the
-        estimate, so they follow the forward process exactly. noise [steps + 1, n, L, De]: the start, then one
-        draw per update.
+        estimate and so follow the forward process. noise [steps + 1, n, L, De]: the start, then one per update.
         """
         if sampler not in ("ddpm", "ddim", "dpmpp", "heun") or grid not in ("uniform", "plaid"):
             raise data.UserError(f"sampler={sampler} grid={grid}: ddpm, ddim, dpmpp, heun; uniform, plaid")
         E, guides, held, last = self.embedding_matrix(), parse_guide(guide), None, None
         device, size = E.device, (n, length, E.shape[1])
         gamma_t, gamma_s = (self.schedule(t.to(device))[0] for t in time_grid(steps, grid))
-        eps = (torch.randn(size, device=device).double() if noise is None else noise[i] for i in range(steps + 1))
+        fresh = (torch.randn(size, device=device).double() for _ in range(steps + 1))
+        eps = iter(fresh if noise is None else noise)
         z, x_sc = next(eps), torch.zeros(size, dtype=torch.float64, device=device)
         if known is not None:
             held = E[known].double(), known_mask[..., None]
             alpha, sigma = alpha_sigma(gamma_t[0])
             z = torch.where(held[1], alpha * held[0] + sigma * z, z)
-        for i, (g_t, g_s) in enumerate(zip(gamma_t, gamma_s)):
+        for i, (g_t, g_s) in enumerate(zip(gamma_t, gamma_s), 1):
             x, x_sc = self.estimate(z, g_t, x_sc, E, tau, held, guides)
             if sampler == "ddpm":
                 z = ddpm_step(z, x, g_t, g_s, next(eps))
@@ -689,8 +689,8 @@ class RePlaid(nn.Module):
                 x2, x_sc = self.estimate(ddim_step(z, x, g_t, g_s), g_s, x_sc, E, tau, held, guides)
                 z = heun_step(z, x, x2, g_t, g_s)
             if watch is not None:
-                watch(i + 1, (x_sc.to(E.dtype) @ E.T).argmax(-1))               # nearest to the estimate
-        u, zb = self.features(z.to(E.dtype), gamma_s[-1].expand(n), x_sc.to(E.dtype))
+                watch(i, (x_sc.to(E.dtype) @ E.T).argmax(-1))               # nearest to the estimate
+        u, zb = self.features(z.to(E.dtype), self.gamma_bounds()[0].expand(n), x_sc.to(E.dtype))
         head = self.model.output_layer.linear
         tokens = common.greedy(u, head.weight, head.bias, skip=zb, E=E)
         return tokens if known is None else torch.where(known_mask, known, tokens)
