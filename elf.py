@@ -90,11 +90,12 @@ OWT = dict(data="openwebtext", tokenizer="t5", vocab=32100, encoder="t5", text_e
            pad=0, length=1024, bottleneck_dim=128, batch=512, lr=2e-3, warmup=9508, ema=0.9999, seed=42)
 COND = dict(pad_in_loss=True, pad=1, decoder_noise_scale=1.0, label_drop_prob=0.1, w=1.0, c=2.0)
 PAIRS = dict(OWT, d_model=768, n_layer=12, n_head=12, warmup=5000, sampler="ode") | COND
-TINY = dict(data="prose", tokenizer="char", length=64, batch=32, d_model=64, n_layer=3, n_head=4, lr=5e-3,
-            warmup=200, ema=0.998, text_encoder_dim=64, bottleneck_dim=32)
+TINY = dict(data="prose", tokenizer="char", length=64, batch=32, d_model=64, n_layer=3, n_head=4, lr=0.02,
+            warmup=100, lr_schedule="cosine", min_lr=0.1, ema=0.998, text_encoder_dim=128, bottleneck_dim=32)
 PRESETS = {
-    "tiny": dict(TINY, steps=2400),
-    "reverse": dict(TINY, data="reverse", length=24, max_input_length=12, eos=1, steps=3000, sampler="ode") | COND,
+    "tiny": dict(TINY, steps=2000),
+    "reverse": dict(TINY, data="reverse", length=24, max_input_length=12, text_encoder_dim=64, steps=3000, eos=1,
+                    sampler="ode") | COND,
     # appendix B.1, table 4; 19,017 steps an epoch
     "owt-b": dict(OWT, d_model=768, n_layer=12, n_head=12, steps=5 * 19017),
     "owt-m": dict(OWT, d_model=1056, n_layer=24, n_head=16, steps=4 * 19017, churn=1.0),
@@ -327,9 +328,10 @@ class NesterovAdam(torch.optim.Optimizer):
             params, (b1, b2) = group["params"], group["betas"]
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = dict(step=p.new_zeros(()), m=torch.zeros_like(p), n=torch.zeros_like(p))
+                    self.state[p] = dict(step=common.local(p).new_zeros(()), m=torch.zeros_like(p), n=torch.zeros_like(p))
             ms, ns, steps = ([self.state[p][k] for p in params] for k in ("m", "n", "step"))
             gs = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            params, ms, ns, gs = ([common.local(x) for x in xs] for xs in (params, ms, ns, gs))     # FSDP2: own shards
             w, m, n, g = (torch.cat([x.reshape(-1) for x in xs]) for xs in (params, ms, ns, gs))
             ok = w.new_ones(()) if self.found_inf is None else 1 - self.found_inf.to(w)
             k = steps[0] + 1
