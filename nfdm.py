@@ -450,6 +450,8 @@ class NFDM(nn.Module):
         for key, allowed in CHOICES.items():
             if getattr(cfg, key) not in allowed:
                 raise UserError(f"--{key}={getattr(cfg, key)} is not one of {', '.join(allowed)}")
+        if min(cfg.d_embed, cfg.fwd_dim, cfg.fwd_heads, cfg.fwd_mlp, cfg.buckets) < 1 or not 0 <= cfg.fwd_dropout < 1:
+            raise UserError("--d_embed --fwd_dim --fwd_heads --fwd_mlp --buckets: at least 1; --fwd_dropout: in [0, 1)")
         if not 0 < cfg.delta < 1 or (cfg.rec_weight or 0) < 0:
             raise UserError(f"--delta={cfg.delta} must lie in (0, 1), --rec_weight={cfg.rec_weight} above 0")
         self.cfg, self.rec_weight = cfg, cfg.d_embed if cfg.rec_weight is None else cfg.rec_weight
