@@ -378,6 +378,8 @@ def token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0, chunk=0):
     """
     flat = [x.reshape(-1, x.shape[-1]) if x is not None else None for x in (u, skip)]
     weight = weight.detach().expand(targets.shape).reshape(-1).to(b.dtype)
+    if not torch.is_grad_enabled():         # needs_input_grad ignores no_grad: parameters would cost their gradients
+        W, b, E = (x if x is None else x.detach() for x in (W, b, E))
     loss, nll = _TokenCE.apply(flat[0], W, b, flat[1], E, targets.reshape(-1), weight, cap, chunk)
     return loss, nll.view(targets.shape)
 
@@ -519,8 +521,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr=2e-3, momentum=0.95, bias_correction=True, ns_dtype=torch.float32, eps=1e-8,
                  weight_decay=0.0, transposed=()):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.bias_correction, self.ns_dtype, self.eps, self.found_inf = bias_correction, ns_dtype, eps, None
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps))
+        self.bias_correction, self.ns_dtype, self.found_inf = bias_correction, ns_dtype, None
         self.transposed = {id(p) for p in transposed}
 
     @torch.no_grad()
@@ -542,7 +544,7 @@ class Muon(torch.optim.Optimizer):
                 m = torch.where(ok > 0, m.lerp(g, 1 - beta), m)
                 k = self.state[params[0]]["step"].to(dtype)
                 mc, gc = ((1 - beta ** (k + 1), 1 - beta ** k) if self.bias_correction else (1, 1))
-                update = newton_schulz(beta * m / mc + (1 - beta) * g / gc, self.ns_dtype, self.eps).to(dtype)
+                update = newton_schulz(beta * m / mc + (1 - beta) * g / gc, self.ns_dtype, group["eps"]).to(dtype)
                 rows, cols = (shape[1], shape[0]) if transposed else shape
                 update = torch.where(ok > 0, update * (lr * max(1.0, rows / cols) ** 0.5), 0)
                 for p, u, mom in zip(params, update, m):
@@ -659,18 +661,21 @@ def make_config(Cfg, presets, preset, overrides):
     if overrides.get("stage", values.get("stage", "train")) != "train":
         values.update(presets.get(f"{preset}-distill", {}))
     cfg = Cfg(**{**values, **overrides, "preset": preset})
-    for key in ("batch", "accum", "steps", "length", "log_every", "save_every", "d_model", "n_head", "cond_dim", "threads"):
+    for key in ("batch", "accum", "steps", "length", "log_every", "save_every", "d_model", "n_head", "cond_dim", "threads",
+                "mlp_ratio"):
         if getattr(cfg, key) < 1:
             raise UserError(f"--{key}={getattr(cfg, key)}: must be at least 1")
-    for key in ("n_layer", "warmup", "clip", "val_every", "sample_every", "vocab", "lr", "seed", "weight_decay"):
+    whole = [f.name for f in dataclasses.fields(cfg) if isinstance(getattr(cfg, f.name), int)]
+    for key in (*whole, "clip", "lr", "weight_decay", "adam_eps"):
         if not 0 <= getattr(cfg, key) < math.inf:
             raise UserError(f"--{key}={getattr(cfg, key)}: must be finite and not negative")
     for key, allowed in (("lr_schedule", ("constant", "cosine", "linear")), ("stage", ("train", "distill")),
                          ("compile", ("auto", "true", "false")), ("precision", ("auto", "bf16", "fp32"))):
         if getattr(cfg, key) not in allowed:
             raise UserError(f"--{key}={getattr(cfg, key)}: use one of {', '.join(allowed)}")
-    if not 0 <= cfg.dropout < 1 or not 0 <= cfg.ema < 1:
-        raise UserError(f"--dropout={cfg.dropout} --ema={cfg.ema}: both must lie in [0, 1)")
+    for key in ("dropout", "ema", "beta1", "beta2"):
+        if not 0 <= getattr(cfg, key) < 1:
+            raise UserError(f"--{key}={getattr(cfg, key)}: must lie in [0, 1)")
     return cfg
 
 
@@ -730,7 +735,7 @@ def read_metrics(out):
     return records
 
 def open_run(cfg, name, world):
-    """The run folder with its config.json; a folder that holds a run of another configuration is refused."""
+    """The run folder and what its config.json has to say; a folder with a run of another configuration is refused."""
     suffix = f"-distill{getattr(cfg, 'student_steps', 0) or ''}" if cfg.stage == "distill" else ""
     out = pathlib.Path(cfg.out or f"out/{name}-{cfg.preset}{suffix}")
     config = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "out"} | {"paper": name}
@@ -749,13 +754,18 @@ def open_run(cfg, name, world):
             k = differing[0]
             raise UserError(f"{out} holds another run: {k}={old.get(k)} there, {k}={config.get(k)} here; "
                             f"choose another folder with --out= or remove {out}")
+    return out, config
+
+def claim_run(out, config, world):
+    """Write config.json: only once the model is built and the checkpoint read, so that a refused command changes nothing."""
     if world.rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, json.dumps(config, indent=1))
+            write_atomic(out / "config.json", json.dumps(config, indent=1))
         except OSError as e:
             raise UserError(f"cannot write to {out}: {e.strerror}; choose another folder with --out=") from None
-    return out
+    if world.size > 1:
+        dist.barrier()                      # the folder is there for every rank
 
 
 # --- 8. checkpoints --------------------------------------------------------------------------------
@@ -788,7 +798,9 @@ def save_checkpoint(path, payload):
     except (OSError, RuntimeError) as e:
         tmp.unlink(missing_ok=True)
         kept = f"; {path} of the last save is intact" if path.exists() else ""
-        raise UserError(f"cannot write the checkpoint {path} ({str(e).splitlines()[0]}): free some space{kept}") from None
+        while e.__context__:                # the words of the system, below those of torch's writer
+            e = e.__context__
+        raise UserError(f"cannot write the checkpoint {path} ({e}): free some space{kept}") from None
     if path.exists():
         os.replace(path, path.with_suffix(".prev.pt"))
     os.replace(tmp, path)
@@ -825,8 +837,8 @@ def load_checkpoint(path, paper=None):
         raise damaged(path, "it is truncated, or not a checkpoint of this project")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise damaged(path, str(e).splitlines()[0]) from None
+    except Exception as e:                  # a pickle with a wrong byte can raise anything
+        raise damaged(path, (str(e) or type(e).__name__).splitlines()[0]) from None
     version = ckpt.get("format") if isinstance(ckpt, dict) else None
     if version != FORMAT:
         raise UserError(f"{path} has checkpoint format {version}; this code reads format {FORMAT}")
@@ -891,9 +903,8 @@ def load_published(path):
             root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("/data.pkl")
             raw = _TensorsOnly(archive, root).load()
         return dict(raw)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, ValueError, LookupError, StopIteration, EOFError,
-            AttributeError, TypeError, RuntimeError) as e:
-        raise UserError(f"{path} cannot be read as .safetensors or a torch archive ({type(e).__name__}: {e})") from None
+    except Exception as e:                  # a pickle with a wrong byte can raise anything
+        raise UserError(f"{path} cannot be read as .safetensors or a torch archive ({e!r})") from None
 
 def load_weights(model, state, source):
     """Strict load by name; the first missing, unexpected and wrong-shaped names are printed with both shapes."""
@@ -911,6 +922,9 @@ def initial_weights(model, path):
     path = pathlib.Path(path)
     if path.is_file() and path.suffix != ".safetensors" and is_ours(path):
         ckpt = load_checkpoint(path)
+        for key in getattr(model, "init_keys", ()):         # keys that change what the same weights compute
+            if ckpt["config"].get(key) != getattr(model.cfg, key):
+                raise UserError(f"{path} was trained with --{key}={ckpt['config'].get(key)}, not {getattr(model.cfg, key)}")
         state = {**ckpt["model"], **ckpt["ema"]}
     else:
         raw = load_published(path)
@@ -925,9 +939,11 @@ def local(x):
     return x.to_local() if hasattr(x, "to_local") else x
 
 def like(whole, x):
-    """The whole tensor cut the way `x` is sharded; plain if x is plain or of another shape."""
-    if not hasattr(x, "full_tensor") or not isinstance(whole, torch.Tensor) or whole.shape != x.shape:
+    """The whole tensor cut the way `x` is sharded, on its device; plain if x is plain or of another shape."""
+    if not isinstance(whole, torch.Tensor):
         return whole
+    if not hasattr(x, "full_tensor") or whole.shape != x.shape:
+        return whole.to(x.device)           # load_state_dict leaves the step counters of our optimisers where they are
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(whole.to(x.device), x.device_mesh, x.placements)
 
@@ -1176,7 +1192,7 @@ class Run:
         if ckpt and cfg.init:
             cfg = dataclasses.replace(cfg, init="")         # a resumed run has its own weights
         self.model = build(Paper, cfg, world)
-        if cfg.stage == "distill":
+        if cfg.stage == "distill" and cfg.teacher:
             self.model.attach_teacher(load_teacher(Paper, cfg, world), fresh=ckpt is None)
         if ckpt:
             load_weights(self.model, ckpt["model"], source)
@@ -1274,14 +1290,15 @@ def train(Paper, Cfg, presets, overrides, world):
         torch.set_num_threads(cfg.threads)
     if cfg.batch % (world.size * cfg.accum):
         raise UserError(f"--batch={cfg.batch} is not divisible by {world.size} ranks x {cfg.accum} micro-steps (--accum)")
-    if cfg.stage == "distill" and not cfg.teacher:
+    if cfg.stage == "distill" and not cfg.teacher and not getattr(Paper, "distils_alone", lambda cfg: False)(cfg):
         raise UserError("--stage=distill needs --teacher=CKPT, the ckpt.pt of the run to distil")
     if cfg.teacher:
         load_checkpoint(cfg.teacher, paper_name(Paper))
     corpus = load_corpus(Paper, cfg)
-    out = open_run(cfg, paper_name(Paper), world)
+    out, config = open_run(cfg, paper_name(Paper), world)
     say(f"{paper_name(Paper)}  preset {preset} ({why})          {out}")
     run = Run(Paper, cfg, world, corpus, out)
+    claim_run(out, config, world)
     n_params, flops = sum(p.numel() for p in run.model.parameters()), flops_per_token(run.model, cfg)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"cpu, {cfg.threads} threads"
     say(f"{device} x {world.size} | torch {torch.__version__} | {count(n_params)} parameters | "
@@ -1419,12 +1436,14 @@ def score(model, corpus, world, rows, micro, split="val", seed=0, **options):
 def draw(model, corpus, n, steps, seed=0, micro=32, length=0, known=None, known_mask=None, watch=None, **options):
     """n samples as ids [n, L] on the CPU, at most `micro` at a time; the same seed gives the same text."""
     model.eval()
-    parts = []
+    length, parts = length or corpus.length, []
+    if known is None and corpus.conditional:        # pairs: conditions are the first sources of the validation split
+        known, known_mask = corpus.known(n, length, device=next(model.parameters()).device)
     for i in range(0, n, micro):
         reseed(seed, 2 ** 31 + 1, i)
         rows = slice(i, min(i + micro, n))
         given = {k: None if v is None else v[rows] for k, v in (("known", known), ("known_mask", known_mask))}
-        parts.append(model.sample(rows.stop - i, length or corpus.length, steps, watch=watch, **given, **options).cpu())
+        parts.append(model.sample(rows.stop - i, length, steps, watch=watch, **given, **options).cpu())
     return torch.cat(parts)
 
 def show(corpus, ids):
@@ -1604,8 +1623,8 @@ def _main(Paper, Cfg, presets, argv):
     except BrokenPipeError:                 # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, NonFinite, RuntimeError) as e:
-        text, code = str(e), 2 if isinstance(e, UserError) else 3
+    except (UserError, NonFinite, RuntimeError, OSError) as e:
+        text, code = str(e), 3 if isinstance(e, NonFinite) else 2
         if isinstance(e, RuntimeError):
             if not (dist.is_initialized() and re.search("onnection|NCCL|imed out|Broken pipe|closed by peer", text)):
                 raise
