@@ -88,14 +88,14 @@ class Config(common.Config):
 
 OWT = dict(data="openwebtext", tokenizer="t5", vocab=32100, encoder="t5", text_encoder_dim=512, eos=1,
            pad=0, length=1024, bottleneck_dim=128, batch=512, lr=2e-3, warmup=9508, ema=0.9999, seed=42)
-COND = dict(pad_in_loss=True, pad=1, decoder_noise_scale=1.0, label_drop_prob=0.1, w=1.0, c=2.0)
-PAIRS = dict(OWT, d_model=768, n_layer=12, n_head=12, warmup=5000, sampler="ode") | COND
+COND = dict(pad_in_loss=True, pad=1, decoder_noise_scale=1.0, label_drop_prob=0.1, w=1.0, c=2.0,
+            sampler="ode")
+PAIRS = dict(OWT, d_model=768, n_layer=12, n_head=12, warmup=5000) | COND
 TINY = dict(data="prose", tokenizer="char", length=64, batch=32, d_model=64, n_layer=3, n_head=4, lr=0.02,
             warmup=100, lr_schedule="cosine", min_lr=0.1, ema=0.998, text_encoder_dim=128, bottleneck_dim=32)
 PRESETS = {
     "tiny": dict(TINY, steps=2000),
-    "reverse": dict(TINY, data="reverse", length=24, max_input_length=12, text_encoder_dim=64, steps=3000, eos=1,
-                    sampler="ode") | COND,
+    "reverse": dict(TINY, data="reverse", length=24, max_input_length=12, eos=1, steps=2400) | COND,
     # appendix B.1, table 4; 19,017 steps an epoch
     "owt-b": dict(OWT, d_model=768, n_layer=12, n_head=12, steps=5 * 19017),
     "owt-m": dict(OWT, d_model=1056, n_layer=24, n_head=16, steps=4 * 19017, churn=1.0),
@@ -315,7 +315,7 @@ def scalar_embedder(d_model):
 class NesterovAdam(torch.optim.Optimizer):
     """Adam with Nesterov momentum as optax has it, for what Muon leaves: few numbers, so one flat update.
 
-    m_hat = b1 m / (1 - b1^(k+1)) + (1 - b1) g / (1 - b1^k). `found_inf` = 1 leaves weights and state alone.
+    m_hat = b1 m / (1 - b1^(k+1)) + (1 - b1) g / (1 - b1^k). `found_inf` = 1: weights and state stay.
     """
 
     def __init__(self, params, lr=2e-3, betas=(0.9, 0.999), eps=1e-8):
@@ -328,10 +328,11 @@ class NesterovAdam(torch.optim.Optimizer):
             params, (b1, b2) = group["params"], group["betas"]
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = dict(step=common.local(p).new_zeros(()), m=torch.zeros_like(p), n=torch.zeros_like(p))
+                    step, m, n = common.local(p).new_zeros(()), torch.zeros_like(p), torch.zeros_like(p)
+                    self.state[p] = dict(step=step, m=m, n=n)
             ms, ns, steps = ([self.state[p][k] for p in params] for k in ("m", "n", "step"))
             gs = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            params, ms, ns, gs = ([common.local(x) for x in xs] for xs in (params, ms, ns, gs))     # FSDP2: own shards
+            params, ms, ns, gs = ([common.local(x) for x in xs] for xs in (params, ms, ns, gs))  # FSDP2: shards
             w, m, n, g = (torch.cat([x.reshape(-1) for x in xs]) for xs in (params, ms, ns, gs))
             ok = w.new_ones(()) if self.found_inf is None else 1 - self.found_inf.to(w)
             k = steps[0] + 1

@@ -527,7 +527,7 @@ def test_gaussian_data_first_order_convergence():
 
 
 def test_guidance_fixed_point():
-    """Regression on x* = x + (1 - 1/w)(x_c - x_u), x_c the prediction itself, settles at w x + (1 - w) x_u."""
+    """Regression on x* = x + (1 - 1/w)(x_c - x_u), x_c the prediction itself, ends at w x + (1 - w) x_u."""
     for w in (0.7, 1.0, 3.0):
         x, x_u, y = 0.3, -1.1, 0.0
         for _ in range(4000):
@@ -757,8 +757,8 @@ def test_learning_on_a_source_of_four_letters():
     ELF has no bound to hold against the entropy; the share of allowed pairs is the check (chance: 0.5).
     """
     cfg = elf.Config(vocab=4, length=4, d_model=32, n_layer=2, n_head=2, text_encoder_dim=32,
-                     bottleneck_dim=16, num_time_tokens=2, num_self_cond_cfg_tokens=2, num_model_mode_tokens=2,
-                     decoder_noise_scale=2.0)
+                     bottleneck_dim=16, num_time_tokens=2, num_self_cond_cfg_tokens=2,
+                     num_model_mode_tokens=2, decoder_noise_scale=2.0)
     model, losses = elf.ELF(cfg), []
     optimisers = [g.pop("optimizer")(**g) for g in model.param_groups()]
     params, ema = list(model.parameters()), [p.detach().clone() for p in model.parameters()]
@@ -840,7 +840,7 @@ def test_lean_step_is_faster_and_smaller():
 
 
 def table(folder, n=64, seeds=3):
-    """Judge nll / entropy (nats) of samples of the run in `folder`: steps x sampler x w, over several grids."""
+    """Judge nll / entropy (nats) of samples of the run in `folder`, over several time grids."""
     world = common.World()
     model, cfg, corpus, *_ = common.load_run(elf.ELF, elf.Config, world, folder, print)
     judge, held = corpus.judge(), corpus.rows("val", np.arange(n))["tokens"]
