@@ -663,7 +663,7 @@ class RePlaid(nn.Module):
         """Tokens [n, length]: `steps` updates of one network call each (heun: two), then one for the argmax.
 
         Held positions (known [n, L] where known_mask: a prefix, an infilling) take their own embedding as the
-        estimate and so follow the forward process. noise [steps + 1, n, L, De]: the start, then one per update.
+        estimate and so follow the forward process. noise [steps + 1, n, L, De]: the start, then the updates'.
         """
         if sampler not in ("ddpm", "ddim", "dpmpp", "heun") or grid not in ("uniform", "plaid"):
             raise data.UserError(f"sampler={sampler} grid={grid}: ddpm, ddim, dpmpp, heun; uniform, plaid")

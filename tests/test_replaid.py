@@ -1,5 +1,5 @@
-"""RePlaid: golden arrays (official Plaid code, and its loss and samplers around the DDiT backbone), identities
-of its theory, and one run that must learn. The `plaid*` arrays need Plaid's own transformer, written here."""
+"""RePlaid: golden arrays (official Plaid code; its loss and samplers around the DDiT backbone), identities of
+its theory, and one run that must learn. The `plaid*` arrays need Plaid's own transformer, written here."""
 import math
 
 import numpy as np
@@ -170,19 +170,44 @@ def inject(model, prefix):
     return dict(tokens=g["x"]), dict(t=t, noise=g["noise"], coins=coins), r
 
 
+def spy(model, monkeypatch):
+    """Lists that fill with the inputs of the network calls (z, gamma, x_sc) and the fused head's outputs."""
+    calls, heads, features, head = [], [], model.features, replaid.elbo_head
+    model.features = lambda *a: calls.append(a) or features(*a)
+    monkeypatch.setattr(replaid, "elbo_head", lambda *a: heads.append(head(*a)) or heads[-1])
+    return calls, heads
+
+
+def check_network_output(model, call, g):
+    """logits (where recorded) and x_hat of one network call."""
+    E, head = model.embedding_matrix(), model.model.output_layer.linear
+    u, zb = model.features(*call)
+    logits = F.linear(u, head.weight, head.bias) + zb @ E.T
+    torch.testing.assert_close(logits, g.get("logits", logits.detach()), **TIGHT)
+    torch.testing.assert_close(logits.softmax(-1) @ E, g["x_reconst"], **TIGHT)
+    torch.testing.assert_close(E, g.get("embedding_matrix", E.detach()), **TIGHT)
+
+
 @pytest.mark.parametrize("prefix", ["plaid", "replaid"])
-def test_training_step_matches_official_loss_and_gradients(prefix):
+def test_training_step_matches_official_loss_and_gradients(prefix, monkeypatch):
     model, g = load(prefix), part(f"{prefix}/f64/")
     batch, draws, r = inject(model, prefix)
-    seen = {}
-    features = model.features
-    model.features = lambda *a: seen.update(zip(("z", "gamma", "x_sc"), a)) or features(*a)
+    B, L = batch["tokens"].shape
+    calls, heads = spy(model, monkeypatch)
     loss, m = model.loss(batch, **draws)
-    for ours, name in ((draws["t"], "t"), (seen["z"], "z"), (seen["gamma"], "gamma"),
-                       (seen["x_sc"], "x_selfcond"), (loss, "loss"), (m["prior"], "prior_loss")):
-        torch.testing.assert_close(ours, g[name].to(ours.dtype), **TIGHT)
-    torch.testing.assert_close(m["recon"], g["reconst_loss"].mean(), **TIGHT)
-    torch.testing.assert_close(m["diffusion"], g["diffusion_loss"][r:].mean(), **TIGHT)
+    (z, gamma, x_sc, _), (alpha, sigma) = calls[-1], replaid.alpha_sigma(calls[-1][1])
+    dot, sc = model.schedule(draws["t"])[1], draws["coins"]
+    recon, diff = heads[0][2].mean(1), replaid.diffusion_weight(gamma, dot) * heads[0][1].mean(1)
+    logged = (sc * recon)[:r].sum() / (r / 4) + (sc * diff)[r:].sum() / ((B - r) / 4) + m["prior"]
+    for ours, want in ((draws["t"], g["t"]), (sc.double(), g["selfcond_mask"]), (gamma, g["gamma"]),
+                       (z, g["z"]), (x_sc, g["x_selfcond"]), (alpha, g["alpha"]), (sigma, g["sigma"]),
+                       (dot[r:], g["gamma_prime"][r:]), (recon[:r], g["reconst_loss"].view(-1)),
+                       (-2 * replaid.diffusion_weight(gamma, dot)[r:], g["snr_prime"][r:]),
+                       (diff[r:], g["diffusion_loss"][r:]), (m["prior"], g["prior_loss"]), (logged, g["nll"]),
+                       (m["recon"], g["reconst_loss"].mean()), (loss, g["loss"]),
+                       (m["diffusion"], g["diffusion_loss"][r:].mean())):
+        torch.testing.assert_close(ours, want, **TIGHT)
+    check_network_output(model, calls[-1], g)
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
     if prefix == "plaid":
@@ -207,12 +232,13 @@ def test_training_step_in_float32(prefix):
 
 
 @pytest.mark.parametrize("prefix", ["plaid", "replaid"])
-def test_evaluation_split(prefix):
+def test_evaluation_split(prefix, monkeypatch):
     model, a, g = load(prefix), part(f"{prefix}_eval/in/"), part(f"{prefix}_eval/f64/")
     B, L = a["x"].shape
     r, E = a["reconst_bs_local"], model.embedding_matrix()
     t = torch.cat([torch.zeros(r), (torch.arange(B - r) + a["u"]) / (B - r)])
     torch.testing.assert_close(t, g["t"], **TIGHT)
+    calls, _ = spy(model, monkeypatch)
     with torch.no_grad():
         diff, recon = (v / L for v in model.score(a["x"], t, E, a["noise"]))
         prior = replaid.prior_kl(E[a["x"]], model.gamma_bounds()[1].expand(B)).mean(1)
@@ -221,6 +247,9 @@ def test_evaluation_split(prefix):
     torch.testing.assert_close(prior.mean(), g["prior_loss"], **TIGHT)
     nll = replaid.split_bound(recon, diff, prior, torch.arange(B) < r, a["avg_reconst_bs"])
     torch.testing.assert_close(nll, g["nll"], **TIGHT)
+    for ours, name in zip((*calls[1], model.schedule(t)[1][r:]), ("z", "gamma", "x_selfcond", "gamma_prime")):
+        torch.testing.assert_close(ours, g[name][r:] if name == "gamma_prime" else g[name], **TIGHT)
+    check_network_output(model, calls[1], g)
 
 
 def record(model):
@@ -251,6 +280,8 @@ def test_official_sampler_trajectories(name):
     for k, key in enumerate(("z", "gamma", "x_selfcond", "x_reconst")):
         torch.testing.assert_close(torch.stack([c[k] for c in calls]), g[key][:T], **TIGHT)
     assert torch.equal(tokens, g["tokens"])
+    last = g["z"][T], g["gamma"][T].expand(len(z)), g["x_selfcond"][T]      # the call behind the argmax
+    check_network_output(model, last, dict(logits=g["logits_last"], x_reconst=g["x_reconst"][T]))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "heun"])
