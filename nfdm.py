@@ -63,16 +63,15 @@ _roc = dict(data="roc", length=64, d_embed=128, d_model=768, n_layer=12, n_head=
             batch=512, steps=800_000, lr=1e-4, muon_lr=2e-3, warmup=10_000, lr_schedule="linear", clip=0.3,
             clip_from=20_000, ema=0.9999, ema_warmup=False, log_every=100, val_every=5_000, save_every=5_000,
             sample_every=20_000)
-_small = dict(d_embed=16, fwd_dim=32, fwd_layers=2, fwd_heads=2, fwd_mlp=64, fwd_dropout=0.0, length=64,
-              d_model=64, n_layer=3, n_head=4, cond_dim=64, gate_init=0.5, batch=32, lr=2e-3, warmup=100,
-              lr_schedule="linear", ema=0.998)
+_small = dict(d_embed=8, fwd_dim=32, fwd_layers=1, fwd_heads=2, fwd_mlp=64, fwd_dropout=0.0, length=64,
+              d_model=64, n_layer=3, n_head=4, cond_dim=64, gate_init=0.5, batch=32, lr=5e-3, muon_lr=0.02,
+              warmup=50, lr_schedule="linear", ema=0.998)
 PRESETS = {
-    "tiny": dict(_small, steps=1600),
+    "tiny": dict(_small, steps=1800),
     "roc": _roc,
     # Not published (their BPE text8 in windows of 28 never ran): common text8 protocol, networks of roc.
     "text8": dict(_roc, data="text8", tokenizer="char", length=256, steps=1_000_000),
-    # A Markov source of known entropy: --forward=learned|frozen|line at --steps=16000.
-    "toy": dict(_small, data="markov8", length=6, d_embed=4, batch=256, steps=4000, rec_weight=16.0),
+    "toy": dict(_small, data="markov8", length=6, d_embed=4, batch=256, steps=16000, rec_weight=16.0),
     "bench10-cpu": dict(_small, steps=2500),
     "bench10": dict(data="wikitext103", tokenizer="gpt2", length=256, fwd_layers=3, d_model=384, n_layer=6,
                     n_head=6, cond_dim=128, batch=64, steps=8000, lr=3e-4, muon_lr=2e-3, warmup=500,
@@ -450,17 +449,17 @@ class NFDM(nn.Module):
         for key, allowed in CHOICES.items():
             if getattr(cfg, key) not in allowed:
                 raise UserError(f"--{key}={getattr(cfg, key)} is not one of {', '.join(allowed)}")
-        if min(cfg.d_embed, cfg.fwd_dim, cfg.fwd_heads, cfg.fwd_mlp, cfg.buckets) < 1 or not 0 <= cfg.fwd_dropout < 1:
-            raise UserError("--d_embed --fwd_dim --fwd_heads --fwd_mlp --buckets: at least 1; --fwd_dropout: in [0, 1)")
+        sizes = cfg.d_embed, cfg.length, cfg.fwd_dim, cfg.fwd_layers, cfg.fwd_heads, cfg.fwd_mlp
+        if min(*sizes, cfg.buckets) < 1 or not 0 <= cfg.fwd_dropout < 1:
+            raise UserError("--d_embed, --fwd_* and --buckets must be at least 1, --fwd_dropout in [0, 1)")
         if not 0 < cfg.delta < 1 or (cfg.rec_weight or 0) < 0:
             raise UserError(f"--delta={cfg.delta} must lie in (0, 1), --rec_weight={cfg.rec_weight} above 0")
         self.cfg, self.rec_weight = cfg, cfg.d_embed if cfg.rec_weight is None else cfg.rec_weight
         self.embedding = nn.Embedding(cfg.vocab, cfg.d_embed)       # N(0,1), raw; the decoder's matrix too
         self.bias = nn.Parameter(torch.empty(cfg.vocab).uniform_(-1, 1) * cfg.d_embed**-0.5)
-        sizes = cfg.fwd_dim, cfg.fwd_layers, cfg.fwd_heads, cfg.fwd_mlp, cfg.fwd_dropout
         self.process = dict(
-            learned=lambda: Learned(cfg.delta, ForwardNet(cfg.d_embed, cfg.length, *sizes)), sqrt=Sqrt,
-            frozen=lambda: Frozen(cfg.delta), line=lambda: Line(cfg.delta), vdm=VDM,
+            learned=lambda: Learned(cfg.delta, ForwardNet(*sizes, cfg.fwd_dropout)),
+            frozen=lambda: Frozen(cfg.delta), line=lambda: Line(cfg.delta), sqrt=Sqrt, vdm=VDM,
             mulan=lambda: MuLAN(cfg.length))[cfg.forward]()
         self.kind = cfg.volatility
         if self.kind == "auto":

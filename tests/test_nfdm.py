@@ -751,7 +751,7 @@ def test_bound_falls_and_stays_above_the_entropy():
 
 @pytest.mark.parametrize("keys", [
     dict(forward="circle"), dict(is_weights="both"), dict(volatility="markov"), dict(delta=0.0),
-    dict(rec_weight=-1.0), dict(fwd_heads=3), dict(volatility="static")])
+    dict(rec_weight=-1.0), dict(fwd_heads=3), dict(fwd_heads=0), dict(volatility="static")])
 def test_bad_configuration_is_refused_in_one_line(keys):
     with pytest.raises(common.UserError) as error:
         small(**keys)
