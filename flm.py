@@ -34,6 +34,7 @@ paper), no uniform_st, random midpoint, EMA targets, loss rescaling (off in thei
     python flm.py --stage=distill --teacher=out/flm-tiny/ckpt.pt  # its flow map, FMLM
     python flm.py sample --out=out/flm-tiny-distill --steps=2 --churn=0.8
 """
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -173,16 +174,25 @@ class TimeChange(nn.Module):
 # --- 3. interpolant, noise in d dimensions --------------------------------------------------------
 
 
+@contextlib.contextmanager
+def without_tf32():
+    """Matrix products in full float32 (TF32 keeps ten bits, too few for a Cholesky factor)."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@without_tf32()
 def gram_root(A, W):
     """[D, D] of value S, S^T S = A^T W, and the derivative of Q^T W, Q = A S^-1 constant (header, 5 to 7).
 
     A [V, D] is the value of W, detached. The Gram matrix in W's dtype without TF32, the factor in float64;
     the jitter (rounding of the Gram matrix) only matters for directions that W hardly has.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     gram = (A.T @ W).double()
-    torch.set_float32_matmul_precision(precision)
     fixed = gram.detach()
     jitter = 8 * torch.finfo(W.dtype).eps * fixed.diagonal().mean() + torch.finfo(torch.float64).tiny
     eye = torch.eye(len(fixed), device=W.device, dtype=torch.float64)
@@ -190,6 +200,7 @@ def gram_root(A, W):
     return torch.linalg.solve_triangular(S.T, gram, upper=False).to(W.dtype)
 
 
+@without_tf32()
 def joint_root(W_teacher, W):
     """(M_T, M_S), each [2D, D]: one eps seen through both embeddings is xi M_T and xi M_S, xi ~ N(0, I_2D).
 
