@@ -421,7 +421,7 @@ def expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0
     flat = [x.reshape(-1, x.shape[-1]) if x is not None else None for x in (u, skip)]
     ids = torch.zeros(u.shape[:-1], dtype=torch.int64, device=u.device) if targets is None else targets
     x_hat, nll = _ExpectedEmbedding.apply(flat[0], W, b, flat[1], E, values, ids.reshape(-1), cap, chunk)
-    return x_hat.view(*u.shape[:-1], -1), None if targets is None else nll.view(targets.shape)
+    return x_hat.view(*u.shape[:-1], values.shape[1]), None if targets is None else nll.view(targets.shape)
 
 @torch.no_grad()
 def greedy(u, W, b, skip=None, E=None, cap=0.0, chunk=0):
