@@ -117,8 +117,7 @@ for _n in (16, 8, 4, 2, 1):         # one epoch a round, then sampled with these
 def gauss_table(vocab, dim, seed):
     """Frozen table [V, C]: N(0, 1) entries, each row brought to mean 0 and std 1 (paper, D.3)."""
     E = torch.randn(vocab, dim, generator=torch.Generator().manual_seed(seed), device="cpu")
-    E = E - E.mean(dim=1, keepdim=True)
-    return E / E.square().mean(dim=1, keepdim=True).sqrt()
+    return F.layer_norm(E, (dim,), eps=0.0)
 
 
 def t5_bucket(rel):
@@ -314,7 +313,6 @@ def scalar_embedder(d_model):
 
 class NesterovAdam(torch.optim.Optimizer):
     """Adam with Nesterov momentum as optax has it, for what Muon leaves: few numbers, so one flat update.
-
     m_hat = b1 m / (1 - b1^(k+1)) + (1 - b1) g / (1 - b1^k). `found_inf` = 1: weights and state stay.
     """
 
@@ -328,11 +326,11 @@ class NesterovAdam(torch.optim.Optimizer):
             params, (b1, b2) = group["params"], group["betas"]
             for p in params:
                 if not self.state[p]:
-                    step, m, n = common.local(p).new_zeros(()), torch.zeros_like(p), torch.zeros_like(p)
-                    self.state[p] = dict(step=step, m=m, n=n)
+                    zero = torch.zeros_like(p)
+                    self.state[p] = dict(step=common.local(zero).new_zeros(()), m=zero, n=zero.clone())
             ms, ns, steps = ([self.state[p][k] for p in params] for k in ("m", "n", "step"))
             gs = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            params, ms, ns, gs = ([common.local(x) for x in xs] for xs in (params, ms, ns, gs))  # FSDP2: shards
+            params, ms, ns, gs = ([common.local(x) for x in xs] for xs in (params, ms, ns, gs))     # of FSDP2
             w, m, n, g = (torch.cat([x.reshape(-1) for x in xs]) for xs in (params, ms, ns, gs))
             ok = w.new_ones(()) if self.found_inf is None else 1 - self.found_inf.to(w)
             k = steps[0] + 1
