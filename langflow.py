@@ -472,7 +472,8 @@ class LangFlow(nn.Module):
         tokens = rows["tokens"].to(E.device)
         mask = rows["mask"].to(E.device) if "mask" in rows else torch.ones_like(tokens, dtype=torch.bool)
         x, (low, high) = F.embedding(tokens, E), p.gamma_range()
-        lines = [f"schedule: loc {p.loc:.3f}  scale {p.scale:.3f}  entropy {p.entropy:.3f} nats  gamma in "
+        loc, scale, entropy = (x.item() for x in (p.loc, p.scale, p.entropy))
+        lines = [f"schedule: loc {loc:.3f}  scale {scale:.3f}  entropy {entropy:.3f} nats  gamma in "
                  f"[{low:.2f}, {high:.2f}]",
                  "  gamma: CE in one pass, in two passes, information curve, nats per token"]
         for k in range(8):
