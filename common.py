@@ -539,8 +539,8 @@ class Muon(torch.optim.Optimizer):
                     if not self.state[p]:
                         self.state[p] = dict(step=torch.zeros((), device=device), m=torch.zeros_like(p))
                     self.state[p]["step"] += ok.to(torch.float32)
-                g = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-                m = torch.stack([self.state[p]["m"] for p in params])
+                g = torch.stack([whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in params])
+                m = torch.stack([whole(self.state[p]["m"]) for p in params])       # a shard has no singular values
                 m = torch.where(ok > 0, m.lerp(g, 1 - beta), m)
                 k = self.state[params[0]]["step"].to(dtype)
                 mc, gc = ((1 - beta ** (k + 1), 1 - beta ** k) if self.bias_correction else (1, 1))
@@ -548,8 +548,8 @@ class Muon(torch.optim.Optimizer):
                 rows, cols = (shape[1], shape[0]) if transposed else shape
                 update = torch.where(ok > 0, update * (lr * max(1.0, rows / cols) ** 0.5), 0)
                 for p, u, mom in zip(params, update, m):
-                    self.state[p]["m"].copy_(mom)
-                    p.mul_(1 - lr * group["weight_decay"] * ok).sub_(u)
+                    self.state[p]["m"].copy_(like(mom, p))
+                    p.mul_(1 - lr * group["weight_decay"] * ok).sub_(like(u, p))
 
 
 # --- 6. command line -------------------------------------------------------------------------------
@@ -931,21 +931,22 @@ def initial_weights(model, path):
         state = model.published(raw) if hasattr(model, "published") else raw
     load_weights(model, {k: v for k, v in state.items() if not k.endswith("inv_freq")}, path)
 
+def whole(x):
+    """A sharded (FSDP2) tensor made whole, a plain one as it is; all ranks call it together."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
 def gather(x):
-    """A sharded (FSDP2) tensor made whole, a plain one as it is; all ranks call it together. To the CPU."""
-    return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu() if isinstance(x, torch.Tensor) else x
+    return whole(x).cpu() if isinstance(x, torch.Tensor) else x
 
 def local(x):
     return x.to_local() if hasattr(x, "to_local") else x
 
-def like(whole, x):
+def like(value, x):
     """The whole tensor cut the way `x` is sharded, on its device; plain if x is plain or of another shape."""
-    if not isinstance(whole, torch.Tensor):
-        return whole
-    if not hasattr(x, "full_tensor") or whole.shape != x.shape:
-        return whole.to(x.device)           # load_state_dict leaves the step counters of our optimisers where they are
+    if not hasattr(x, "full_tensor") or value.shape != x.shape:
+        return value.to(x.device)
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(whole.to(x.device), x.device_mesh, x.placements)
+    return distribute_tensor(value.to(x.device), x.device_mesh, x.placements, src_data_rank=None)
 
 
 # --- 9. training loop ------------------------------------------------------------------------------
@@ -1209,21 +1210,21 @@ class Run:
         self.sums = {k: v.to(self.world.device) for k, v in ckpt["sums"].items()}
         for e, name in zip(self.ema, self.names):
             e.copy_(like(ckpt["ema"][name], e))
-        for opt, state in zip(self.optimizers, ckpt["optimizer"]):
-            params = [p for g in opt.param_groups for p in g["params"]]
-            state["state"] = {i: {k: like(v, params[i]) for k, v in s.items()} for i, s in state["state"].items()}
-            opt.load_state_dict(state)
+        for opt, p, name in self.optimised():
+            opt.state[p] = {k: like(v, p) for k, v in ckpt["optimizer"][name].items()}
+
+    def optimised(self):
+        """(optimiser, parameter, name): states are saved by name, whatever groups the parameters are in, sharded or not."""
+        names = dict(zip(self.params, self.names))
+        return [(opt, p, names[p]) for opt in self.optimizers for g in opt.param_groups for p in g["params"]]
 
     def save(self):
         state = dict(
             format=FORMAT, paper=self.name, config=dataclasses.asdict(self.cfg), step=self.step,
             model={k: gather(v) for k, v in self.model.state_dict().items()},
-            ema={n: gather(e) for n, e in zip(self.names, self.ema)}, optimizer=[],
+            ema={n: gather(e) for n, e in zip(self.names, self.ema)},
+            optimizer={n: {k: gather(v) for k, v in opt.state[p].items()} for opt, p, n in self.optimised()},
             sums={k: gather(v) for k, v in self.sums.items()}, stats=dict(elapsed=self.elapsed, skipped=self.skipped))
-        for opt in self.optimizers:
-            s = opt.state_dict()
-            s["state"] = {i: {k: gather(v) for k, v in x.items()} for i, x in s["state"].items()}
-            state["optimizer"].append(s)
         if self.world.rank == 0:
             save_checkpoint(self.path, state)
         if self.world.size > 1:
