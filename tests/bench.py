@@ -9,9 +9,9 @@ and compilation give.
     python tests/bench.py backbone                     # the trunk's step with a fused and with a plain head
 
 `table` keeps finished rows and goes on where it stopped. Times are processor times on a CPU (one thread;
-other programs disturb them little) and wall times on a GPU. Ratios are of medians over alternating steps in one
-process. Memory is what a step adds to interpreter, weights, averages and optimiser state, in a child process
-for each form.
+other programs disturb them little) and wall times on a GPU. Ratios are of medians over alternating steps in
+one process. Memory is what a step adds to interpreter, weights, averages and optimiser state, in a child
+process for each form.
 """
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ NAMES = dict(ar="autoregressive", langflow="LangFlow", replaid="RePlaid", flm="F
 FMLM = ("--stage=distill", "--steps=1600", "--lr=1e-3", "--beta2=0.95", "--boundary_prob=4")
 STEPS = (1, 4, 16, 64, 256)     # sampling steps of the table
 SAMPLES = 64                    # samples behind each cell
-ROWS = 1024                     # validation sequences behind the bound, at most
+ROWS = 512                      # validation sequences behind the bound, at most
 SHARED = ("data", "tokenizer", "length", "d_model", "n_layer", "n_head", "mlp_ratio", "batch", "steps")
 
 
@@ -354,8 +354,8 @@ def markdown(rows):
                if bound else f"none | none | no bound; {val} |"))
     columns = sorted({int(k) for r in rows for k in r["samples"]})
     titles = [f"{k} step{'s' * (k > 1)}" for k in columns]
-    lines += ["", "Samples: judge nll in nats/token / judge perplexity / entropy of a sample in nats, by steps. "
-              f"The judge is a trigram model fitted on the training text; {SAMPLES} samples a cell. Read nll and "
+    lines += ["", "Samples: judge nll in nats/token / judge perplexity / entropy of a sample in nats. The "
+              f"judge is a trigram model fitted on training text; {SAMPLES} samples a cell. Read nll and "
               "entropy together: text that repeats itself is low in both.", "",
               "| model | s per 1,000 tokens | " + " | ".join(titles) + " |",
               "|---|---:|" + "---:|" * len(columns)]
@@ -365,7 +365,7 @@ def markdown(rows):
         lines.append(f"| {NAMES[r['name']]} | {timed['s_per_1000']:.2f} | " + " | ".join(cells) + " |")
     for label, s in first["references"].items():
         lines.append(f"| {label} | | " + " | ".join([cell(s)] + [""] * (len(columns) - 1)) + " |")
-    lines += ["", "Seconds per 1,000 tokens are those at 64 steps (autoregressive: a step a token, no cache). "
+    lines += ["", "Seconds are those at 64 steps (autoregressive: a step a token, uncached). "
               "The last three rows are validation text, tokens drawn from the training unigrams and uniform "
               "tokens; they have no steps.", "",
               "One sample of each row, not chosen, at its largest number of steps:", ""]
@@ -555,7 +555,8 @@ def heads(argv):
         return
     print(f"{o['paper']} preset {cfg.preset}: V {cfg.vocab}, {cfg.batch} x {cfg.length} tokens, "
           f"D {cfg.d_model}, {cfg.n_layer} blocks, "
-          f"{common.count(sum(p.numel() for p in run.params))} parameters, {world.device.type}, torch {torch.__version__}", flush=True)
+          f"{common.count(sum(p.numel() for p in run.params))} parameters, {world.device.type}, "
+          f"torch {torch.__version__}", flush=True)
     for line in report(alternate({f: lambda f=f: step(f) for f in forms}, world, o["iters"]), "plain"):
         print(line, flush=True)
     del run

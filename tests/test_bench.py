@@ -133,8 +133,9 @@ def quick_row(name, **changes):
     samples = {k: dict(nll=2.5, se=0.1, entropy=2.7, s_per_1000=0.4) for k in ("1", "64")}
     config = {k: 1 for k in bench.SHARED} | dict(preset="p", steps=1000, batch=32, length=64)
     row = dict(name=name, config=config, params=1000, mflop=1.0, tok_s=100.0, step_ms=5.0, mfu="",
-               device="cpu", torch="2", threads=1, cores=2, corpus="c", samples=samples, text="a`b", bytes_per_token=1.0,
-               usage=dict(cpu_s=61, wall_s=99, peak_gb=0.5), references={"held-out text": samples["1"]})
+               device="cpu", torch="2", threads=1, cores=2, corpus="c", samples=samples, text="a`b",
+               bytes_per_token=1.0, usage=dict(cpu_s=61, wall_s=99, peak_gb=0.5),
+               references={"held-out text": samples["1"]})
     return row | changes
 
 
