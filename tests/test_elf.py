@@ -134,6 +134,21 @@ def test_t5_encoder():
     assert torch.equal(elf.t5_bucket(G["t5_bucket_rel"]), G["t5_bucket"])
 
 
+def test_t5_weights_from_files(tmp_path):
+    """The same encoder from pytorch_model.bin and from model.safetensors (a decoder beside it is ignored)."""
+    given = weights("t5/") | {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2, 2)}
+    torch.save(given, tmp_path / "t5.bin")
+    header, raw = {}, b""
+    for name, x in given.items():
+        header[name] = dict(dtype="F32", shape=list(x.shape), data_offsets=[len(raw), len(raw) + 4 * x.numel()])
+        raw += x.contiguous().numpy().tobytes()
+    head = json.dumps(header).encode()
+    (tmp_path / "t5.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + raw)
+    for file in ("t5.bin", "t5.safetensors"):
+        t5 = elf.load_t5(str(tmp_path / file), META["t5"]["d_model"], META["t5"]["vocab_size"])
+        assert err(t5(G["t5_ids"], G["t5_mask2d"]), G["t5_out_mask2d"]) < 1e-5
+
+
 def test_encoder_mask_and_conditional_latents():
     for tag in ("trainA", "trainB"):
         batch, *_ = inputs(tag)
@@ -475,6 +490,24 @@ def test_losses_at_the_start():
     assert abs(m["l2"] - (1 - t).pow(-2).mean()) < 1e-3
     _, m = model.loss(batch)
     assert abs(m["l2"] - 1.79) < 0.1 and -0.05 < m["ce"] - math.log(300) < 0.2
+
+
+def test_blocks_compile_without_graph_breaks():
+    """fullgraph=True, training and sampling; the same loss as the plain module. Also bf16 autocast, close to it."""
+    plain, fast = small(), small()
+    batch = dict(tokens=torch.randint(0, 11, (10, 8)), rows=common.Rows(0, 1, 0, 10, 10))
+    fast.load_state_dict(plain.state_dict())
+    for block in fast.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="eager")
+    losses = []
+    for model in (plain, fast, plain):
+        torch.manual_seed(3)
+        loss, _ = model.loss(batch)
+        loss.backward()
+        losses.append(loss.item())
+        plain.amp = True
+    assert losses[0] == losses[1] and 0 < abs(losses[2] / losses[0] - 1) < 0.03
+    assert fast.sample(2, 8, 2).shape == (2, 8)
 
 
 def oracle(model, f):
