@@ -442,7 +442,7 @@ class FLM(nn.Module):
     def draw_times(self, rows, roles, device):
         """(tau_s, tau_u, tau_t) [B] float64: equal on the diagonal, 0 and 1 on the boundary, else a random
         interval of uniform length ("uniform_diff"); u is the midpoint in tau, not in t."""
-        role = torch.tensor(roles, device=device)
+        role = torch.tensor(roles).to(device, non_blocking=True)
         tau, length, start = (rows.uniform(salt, device) for salt in range(3))
         tau_s = torch.where(role == DIAGONAL, tau, torch.where(role == BOUNDARY, 0.0, start * (1 - length)))
         tau_t = torch.where(role == DIAGONAL, tau, torch.where(role == BOUNDARY, 1.0, tau_s + length))
@@ -451,18 +451,17 @@ class FLM(nn.Module):
     def distillation(self, batch, rows, taus, noise, coins):
         """FMLM: diagonal rows learn D, the others the flow map; one draw of noise serves every network call.
 
-        In eval mode the tokens are the diagonal's target and no teacher is needed: ce compares with FLM's.
+        In eval mode the tokens stand in for a missing teacher, and the metric ce compares with FLM's.
         """
         tokens, cfg = batch["tokens"], self.cfg
-        teacher = self._teacher[0] if self._teacher and self.training else None
-        from_data = cfg.diagonal == "data" or not self.training
+        teacher = self._teacher[0] if self._teacher else None
         if teacher is None and self.training and not self.distils_alone(cfg):
             raise data.UserError("--stage=distill needs --teacher=CKPT of an FLM (or --diagonal=data)")
         # 1. roles and times, rows sorted into diagonal rows first
         roles = self.roles(rows) if coins is None else [int(c) for c in coins]
         taus = self.draw_times(rows, roles, tokens.device) if taus is None else taus
         order = sorted(range(len(roles)), key=lambda i: roles[i] != DIAGONAL)
-        order = torch.tensor(order, device=tokens.device)
+        order = torch.tensor(order).to(tokens.device, non_blocking=True)
         n = roles.count(DIAGONAL)
         tokens, weight = tokens[order], self.token_weight(batch, rows)[order]
         taus = [x.double()[order] for x in taus]
@@ -472,7 +471,7 @@ class FLM(nn.Module):
         u_st = self.trunk(h, taus[0], taus[2])
         # 3. targets, without: functions that build the distributions of one chunk of tokens
         with torch.no_grad():
-            if from_data:
+            if teacher is None or cfg.diagonal == "data":
                 ids = tokens[:n].flatten()
                 target = lambda part: F.one_hot(ids[part], cfg.vocab).to(self.W.dtype)
             else:
@@ -485,8 +484,11 @@ class FLM(nn.Module):
         on_loss, on_rows = soft_loss(u_st[:n], self.head, weight[:n], target, cfg.logit_cap, mse)
         off_loss, off_rows = soft_loss(u_st[n:], self.head, weight[n:], off_target, cfg.logit_cap,
                                        mse or cfg.objective == "eulerian")
-        means = [x.sum() / max(1, x.numel()) for x in (on_rows, off_rows)]
-        return on_loss + off_loss, dict(zip(("diagonal" if self.training else "ce", "off"), means))
+        rows = dict(diagonal=on_rows, off=off_rows)
+        if not self.training:
+            rows["ce"] = common.token_ce(u_st[:n], self.head.weight, self.head.bias, tokens[:n], weight[:n],
+                                         cap=cfg.logit_cap)[1]
+        return on_loss + off_loss, {k: x.sum() / max(1, x.numel()) for k, x in rows.items()}
 
     def semigroup(self, teacher, h, h_teacher, tau_s, tau_u, tau_t, s, u, t):
         """q = lam delta_{s,u}(z_s) + (1 - lam) delta_{u,t}(X_{s,u}): two half jumps, the student's own."""
