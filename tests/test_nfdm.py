@@ -692,6 +692,11 @@ def test_known_positions_are_kept_and_the_rest_is_sampled():
         out = model.sample(5, 6, 4, known=known, known_mask=mask, sampler=sampler, k=0.5,
                            watch=lambda i, tokens: seen.append((i, tokens)))
         assert torch.equal(out[mask], known[mask]) and out.shape == (5, 6)
+    x, hold = model.embedding(known).detach(), mask[..., None]
+    with torch.no_grad():       # the latent itself goes to the known vectors, and the others' paths see them
+        ends = [list(model.trajectory(x.roll(1, 0), 3, torch.zeros(3, *x.shape), hold=(h, hold)))[-1][0]
+                for h in (x, x + 1)]
+    assert torch.equal(ends[0][mask], x[mask]) and not torch.allclose(ends[0][~mask], ends[1][~mask])
     assert [i for i, _ in seen] == [1, 2, 3, 4] * 3
     assert all(torch.equal(tokens[mask], known[mask]) for _, tokens in seen)
 
