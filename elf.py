@@ -92,7 +92,7 @@ COND = dict(pad_in_loss=True, pad=1, decoder_noise_scale=1.0, label_drop_prob=0.
             sampler="ode")
 PAIRS = dict(OWT, d_model=768, n_layer=12, n_head=12, warmup=5000) | COND
 TINY = dict(data="prose", tokenizer="char", length=64, batch=32, d_model=64, n_layer=3, n_head=4, lr=0.02,
-            warmup=100, lr_schedule="cosine", min_lr=0.1, ema=0.998, text_encoder_dim=128, bottleneck_dim=32)
+            warmup=100, lr_schedule="cosine", min_lr=0.1, ema=0.998, ema_warmup=True, text_encoder_dim=128)
 PRESETS = {
     "tiny": dict(TINY, steps=2000),
     "reverse": dict(TINY, data="reverse", length=24, max_input_length=12, eos=1, steps=2400) | COND,
