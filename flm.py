@@ -80,12 +80,13 @@ PRESETS = {
     "toy": dict(data="newdiego", length=2, d_model=32, n_layer=2, n_head=2, cond_dim=32, attn_softcap=50.0,
                 batch=256, steps=1500, lr=2e-3, warmup=100, ema=0.999, log_every=250, val_every=0),
     "toy-distill": dict(steps=3000, lr=1e-3, beta2=0.95, boundary_prob=32, log_every=500),
-    "lm1b": dict(PUBLISHED, data="lm1b", tokenizer="bert", vocab=30522, length=128, steps=1_500_000),
+    "lm1b": dict(PUBLISHED, data="lm1b", tokenizer="bert-base-uncased", vocab=30522, length=128, steps=1_500_000),
     "lm1b-distill": dict(DISTILL, batch=512),                       # sampled with 32 steps and --churn=0.8
     "owt": dict(PUBLISHED, data="openwebtext", tokenizer="gpt2", vocab=50258, length=1024, steps=1_500_000),
     "owt-distill": dict(DISTILL, batch=128),                        # sampled with 32 steps and --churn=1.0
     "bench10": dict(data="wikitext103", tokenizer="gpt2", length=256, d_model=384, n_layer=6, n_head=6,
-                    batch=64, steps=8000, lr=1e-3, warmup=400, lr_schedule="cosine", ema=0.999),
+                    cond_dim=128, gate_init=0.5, batch=64, steps=8000, lr=6e-4, warmup=200,
+                    lr_schedule="cosine", ema=0.999),
     "bench10-cpu": dict(data="prose", tokenizer="char", length=64, d_model=64, n_layer=3, n_head=4,
                         cond_dim=64, gate_init=0.5, batch=32, steps=2500, lr=2e-3, warmup=100,
                         lr_schedule="cosine", min_lr=0.1, ema=0.998),
