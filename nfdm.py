@@ -549,7 +549,8 @@ class NFDM(nn.Module):
 
     def flops_per_token(self, train):
         c, H = self.cfg, self.cfg.fwd_dim       # training: two dual forward-net passes, 6.04 plain ones each
-        net = common.trunk_flops(c.d_model, c.n_layer, c.length) + 2 * c.d_model * (c.d_model + 2 * c.d_embed)
+        net = common.trunk_flops(c.d_model, c.n_layer, c.length, c.mlp_ratio)
+        net += 2 * c.d_model * (c.d_model + 2 * c.d_embed)
         plain = 6 * H * (c.d_embed + H) + c.fwd_layers * 4 * H * (2 * H + c.fwd_mlp + c.length)
         plain = plain if c.forward == "learned" else 0
         return 3 * (net + 2 * c.vocab * c.d_embed) + 12.08 * plain if train else net + plain
@@ -563,8 +564,8 @@ class NFDM(nn.Module):
         ode: -log p(tokens|z_0) + log q(z_0|x) - log p_ODE(z_0) at one z_0, Runge-Kutta 4, `ode_steps` steps;
         the divergence by `probes` Rademacher vectors, 0 = exact (L De backward passes).
         """
-        if likelihood not in ("sde", "ode"):
-            raise UserError(f"--likelihood={likelihood} is not one of sde, ode")
+        if likelihood not in ("sde", "ode") or min(n_times, ode_steps, probes + 1) < 1:
+            raise UserError("--likelihood is sde or ode, --n_times and --ode_steps are at least 1, --probes 0")
         x = self.embed(tokens)
         eps0 = torch.randn_like(x)
         rec = self.reconstruction(x, tokens, eps0, x.new_ones(()))[1].sum(1)

@@ -770,7 +770,8 @@ def test_bad_input_is_refused_in_one_line():
     bad = torch.full((2, 6), 7)
     for call in (lambda: model.loss(dict(tokens=bad)), lambda: model.nll(bad), lambda: model.sample(2, 9, 4),
                  lambda: model.sample(2, 6, 4, sampler="heun"), lambda: model.sample(2, 6, 4, k=1.5),
-                 lambda: model.sample(2, 6, 0), lambda: model.nll(bad % 7, likelihood="exact")):
+                 lambda: model.sample(2, 6, 0), lambda: model.nll(bad % 7, likelihood="exact"),
+                 lambda: model.nll(bad % 7, n_times=0)):
         with pytest.raises(common.UserError) as error:
             call()
         assert "\n" not in str(error.value)
