@@ -80,7 +80,8 @@ PRESETS = {
     "toy": dict(data="newdiego", length=2, d_model=32, n_layer=2, n_head=2, cond_dim=32, attn_softcap=50.0,
                 batch=256, steps=1500, lr=2e-3, warmup=100, ema=0.999, log_every=250, val_every=0),
     "toy-distill": dict(steps=3000, lr=1e-3, beta2=0.95, boundary_prob=32, log_every=500),
-    "lm1b": dict(PUBLISHED, data="lm1b", tokenizer="bert-base-uncased", vocab=30522, length=128, steps=1_500_000),
+    "lm1b": dict(PUBLISHED, data="lm1b", tokenizer="bert-base-uncased", vocab=30522, length=128,
+                 steps=1_500_000),
     "lm1b-distill": dict(DISTILL, batch=512),                       # sampled with 32 steps and --churn=0.8
     "owt": dict(PUBLISHED, data="openwebtext", tokenizer="gpt2", vocab=50258, length=1024, steps=1_500_000),
     "owt-distill": dict(DISTILL, batch=128),                        # sampled with 32 steps and --churn=1.0
@@ -619,6 +620,15 @@ class FLM(nn.Module):
                 y = torch.where(known_mask[..., None], corrupt(known, W, t, start), y)
 
     # --- 8. diagnostics and published weights ---------------------------------------------------
+
+    def flops_per_token(self, train):
+        """Forward 1, with backward 3; FMLM's targets add one call on the diagonal, two off it (jvp: three)."""
+        cfg, f = self.cfg, self.cfg.diagonal_fraction
+        passes = 3 if train else 1
+        if train and self.two_times:
+            passes += (cfg.diagonal == "teacher") * f + (2 if cfg.objective == "semigroup" else 3) * (1 - f)
+        trunk = common.trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio)
+        return passes * (trunk + 2 * cfg.vocab * cfg.d_model)
 
     @torch.no_grad()
     def diagnostics(self, corpus, n=64):
