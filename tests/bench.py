@@ -38,8 +38,8 @@ import data                                                 # noqa: E402
 
 PAPERS = ("langflow", "replaid", "flm", "nfdm", "elf")
 NAMES = dict(ar="autoregressive", langflow="LangFlow", replaid="RePlaid", flm="FLM", nfdm="NFDM", elf="ELF",
-             fmlm="FMLM (distilled FLM)")
-FMLM = ("--stage=distill", "--steps=1600", "--lr=1e-3", "--beta2=0.95", "--boundary_prob=4")
+             fmlm="FMLM (FLM, then as long distilled)")
+FMLM = ("--stage=distill", "--lr=1e-3", "--beta2=0.95", "--boundary_prob=4")
 STEPS = (1, 4, 16, 64, 256)     # sampling steps of the table
 SAMPLES = 64                    # samples behind each cell
 ROWS = 512                      # validation sequences behind the bound, at most
@@ -241,7 +241,7 @@ def command(name, preset, out, steps):
         str(ROOT / f"{'flm' if name == 'fmlm' else name}.py")]
     extra = [f"--steps={steps}"] * bool(steps)
     if name == "fmlm":
-        extra = [*FMLM, f"--teacher={out / 'flm' / 'ckpt.pt'}"]
+        extra += [*FMLM, f"--teacher={out / 'flm' / 'ckpt.pt'}"]
     return [*script, f"--preset={preset}", f"--out={out / name}", *extra]
 
 
@@ -327,18 +327,18 @@ def markdown(rows):
     """The table as Markdown from finished rows (dicts as `measure` makes them, with `usage`)."""
     first = rows[0]
     cfg, gpu = first["config"], first["device"] != "cpu"
-    differing = [f"{r['name']}: {k}={r['config'][k]}" for r in rows for k in SHARED
-                 if r["name"] != "fmlm" and r["config"][k] != cfg[k]]
+    differing = [f"{r['name']}: {k}={r['config'][k]}" for r in rows for k in SHARED if r["config"][k] != cfg[k]]
     tokens = cfg["steps"] * cfg["batch"] * cfg["length"]
     memory = "GPU memory" if gpu else "peak memory of the process"
     lines = [
+        f"`python tests/bench.py table --preset={cfg['preset']} --steps={cfg['steps']}`", "",
         f"Preset `{cfg['preset']}`, {first['corpus']}. Trunk: {cfg['n_layer']} blocks of width "
         f"{cfg['d_model']}; {cfg['steps']:,} steps of {cfg['batch']} x {cfg['length']} tokens = "
         f"{tokens / 1e6:.1f}M tokens a row. "
         + (f"{first['device']}, torch {first['torch']}." if gpu else
            f"CPU, {first['threads']} thread of {first['cores']} cores, torch {first['torch']}; times are "
            "processor times."),
-        "", "**Not the same budget:** " + "; ".join(differing) if differing else "",
+        "", *["**Not the same budget:** " + "; ".join(differing), ""] * bool(differing),
         f"| model | parameters | MFLOP/token | tokens/s | step |{' MFU |' * gpu} {memory} | training "
         "| bound, nats/token | bits/byte | estimator |", "|---|" + "---:|" * (8 + gpu) + "---|"]
     for r in rows:
@@ -365,8 +365,8 @@ def markdown(rows):
         lines.append(f"| {NAMES[r['name']]} | {timed['s_per_1000']:.2f} | " + " | ".join(cells) + " |")
     for label, s in first["references"].items():
         lines.append(f"| {label} | | " + " | ".join([cell(s)] + [""] * (len(columns) - 1)) + " |")
-    lines += ["", "Seconds are those at 64 steps (autoregressive: a step a token, uncached). "
-              "The last three rows are validation text, tokens drawn from the training unigrams and uniform "
+    lines += ["", "Seconds are those at 64 steps (autoregressive: a step a token, uncached), samplers the papers' "
+              "defaults. The last three rows are validation text, tokens drawn from the training unigrams and uniform "
               "tokens; they have no steps.", "",
               "One sample of each row, not chosen, at its largest number of steps:", ""]
     lines += [f"- {NAMES[r['name']]}: `{r['text'].replace('`', ' ')}`" for r in rows]
