@@ -622,7 +622,7 @@ class FLM(nn.Module):
     # --- 8. diagnostics and published weights ---------------------------------------------------
 
     def flops_per_token(self, train):
-        """Forward 1, with backward 3; FMLM's targets add one call on the diagonal, two off it (jvp: three)."""
+        """Forward 1, with backward 3; FMLM's targets add one call on the diagonal, two off it (jvp: 3)."""
         cfg, f = self.cfg, self.cfg.diagonal_fraction
         passes = 3 if train else 1
         if train and self.two_times:
