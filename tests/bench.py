@@ -327,7 +327,8 @@ def markdown(rows):
     """The table as Markdown from finished rows (dicts as `measure` makes them, with `usage`)."""
     first = rows[0]
     cfg, gpu = first["config"], first["device"] != "cpu"
-    differing = [f"{r['name']}: {k}={r['config'][k]}" for r in rows for k in SHARED if r["config"][k] != cfg[k]]
+    differing = [f"{r['name']}: {k}={r['config'][k]}" for r in rows for k in SHARED
+                 if r["config"][k] != cfg[k]]
     tokens = cfg["steps"] * cfg["batch"] * cfg["length"]
     memory = "GPU memory" if gpu else "peak memory of the process"
     lines = [
@@ -365,9 +366,9 @@ def markdown(rows):
         lines.append(f"| {NAMES[r['name']]} | {timed['s_per_1000']:.2f} | " + " | ".join(cells) + " |")
     for label, s in first["references"].items():
         lines.append(f"| {label} | | " + " | ".join([cell(s)] + [""] * (len(columns) - 1)) + " |")
-    lines += ["", "Seconds are those at 64 steps (autoregressive: a step a token, uncached), samplers the papers' "
-              "defaults. The last three rows are validation text, tokens drawn from the training unigrams and uniform "
-              "tokens; they have no steps.", "",
+    lines += ["", "Seconds are those at 64 steps (autoregressive: a step a token, uncached), samplers the "
+              "papers' defaults. The last three rows are validation text, tokens drawn from the training "
+              "unigrams and uniform tokens; they have no steps.", "",
               "One sample of each row, not chosen, at its largest number of steps:", ""]
     lines += [f"- {NAMES[r['name']]}: `{r['text'].replace('`', ' ')}`" for r in rows]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,8 @@
     python tests/figures.py schedules                  # noise levels of training, before and after learning
     python tests/figures.py all
 
-Runs are read from --out=out/bench (python tests/bench.py table), files go to --to=tests/figures.
+Runs are read from --out=out/bench (python tests/bench.py table), for `watch` also from a run folder of its own
+(--out=out/langflow-tiny); files go to --to=tests/figures.
 """
 import html
 import json
@@ -137,9 +138,10 @@ def finished(out, names=tuple(bench.NAMES)):
 
 
 def load(name, out):
-    """(model with averaged weights, cfg, corpus) of a row of the table."""
+    """(model with averaged weights, cfg, corpus) of a row of the table, or of the run folder `out` itself."""
     Paper, Cfg, _, _ = bench.paper(name)
-    return common.load_run(Paper, Cfg, common.start_world(), out / name, lambda note: None)[:3]
+    run = out if (out / "ckpt.pt").exists() else out / name
+    return common.load_run(Paper, Cfg, common.start_world(), run, lambda note: None)[:3]
 
 
 def record(name, out, n, steps, seed):
