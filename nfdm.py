@@ -565,7 +565,7 @@ class NFDM(nn.Module):
         the divergence by `probes` Rademacher vectors, 0 = exact (L De backward passes).
         """
         if likelihood not in ("sde", "ode") or min(n_times, ode_steps, probes + 1) < 1:
-            raise UserError("--likelihood is sde or ode, --n_times and --ode_steps are at least 1, --probes 0")
+            raise UserError("--likelihood is sde or ode, --n_times and --ode_steps at least 1, --probes 0")
         x = self.embed(tokens)
         eps0 = torch.randn_like(x)
         rec = self.reconstruction(x, tokens, eps0, x.new_ones(()))[1].sum(1)
