@@ -7,7 +7,7 @@
     python tests/figures.py schedules                  # noise levels of training, before and after learning
     python tests/figures.py all
 
-Runs are read from --out=out/bench (python tests/bench.py table), for `watch` also from a run folder of its own
+Runs are read from --out=out/bench (python tests/bench.py table), for `watch` also from a run folder
 (--out=out/langflow-tiny); files go to --to=tests/figures.
 """
 import html
