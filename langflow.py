@@ -42,9 +42,11 @@ from common import bc
 
 @dataclass
 class Config(common.Config):
-    self_cond_prob: float = 0.25            # share of the rows trained on an estimate of themselves; 0 = off
+    self_cond_prob: float = 0.25            # share of rows that see their own estimate; 0 = no projection
     self_cond_form: str = "subset"          # subset: that share of every batch; bernoulli: all rows or none
     bias_ramp: int = 0                      # steps over which the Gaussian bias grows from 0 to 1; 0 = none
+    gaussian_bias: bool = True              # add each token's own likelihood to the logits; false = ablation
+    normalise: bool = True                  # rows of E on the sphere of radius sqrt(D); false = ablation
     schedule_lr: float = 5e-3               # learning rate of loc, scale and entropy: about their move a step
     gumbel_loc: Optional[float] = None      # initial loc; none = 4.723 + ln(d_model / 768)
     gumbel_scale: float = 0.852             # initial scale
@@ -204,24 +206,25 @@ class LangFlow(nn.Module):
         self.proposal = Gumbel(loc, cfg.gumbel_scale, entropy or math.log(cfg.vocab))
         self.backbone = common.DiT(
             cfg.d_model, cfg.n_layer, cfg.n_head, cond_dim=cfg.cond_dim, mlp_ratio=cfg.mlp_ratio,
-            dropout=cfg.dropout, length=cfg.length, vocab=cfg.vocab, out=cfg.vocab, self_cond=True,
-            gate_init=cfg.gate_init)
+            dropout=cfg.dropout, length=cfg.length, vocab=cfg.vocab, out=cfg.vocab,
+            self_cond=self.self_cond, gate_init=cfg.gate_init)
 
     def codebook(self):
         """E [V, D]; computed once per optimiser step or sampling run."""
-        return normalised(self.backbone.vocab_embed.embedding)
+        W = self.backbone.vocab_embed.embedding
+        return normalised(W) if self.cfg.normalise else W
 
     def head(self, z_t, gamma, x_sc, E, ramp=1.0):
         """The network up to the vocabulary: keywords for common's heads, logits = u W^T + b + skip E^T.
 
         z_t, x_sc [B, L, D], gamma [B]; `ramp` scales the Gaussian bias, whose input is z_t itself, not h.
         """
-        proj, linear = self.backbone.self_cond_proj.weight, self.backbone.output_layer.linear
-        h = z_t + F.linear(torch.cat([z_t, x_sc], dim=-1), proj)            # [B, L, D]
-        u = self.backbone(h, self.backbone.cond(gamma))                     # [B, L, D]
+        net, linear = self.backbone, self.backbone.output_layer.linear
+        h = z_t + net.self_cond_proj(torch.cat([z_t, x_sc], -1)) if self.self_cond else z_t    # [B, L, D]
+        u = net(h, net.cond(gamma))                                         # [B, L, D]
         # differs from the official code: z E^T (up to 250) stays in float32, there it is rounded to bf16
-        skip = ramp * bc(c_skip(gamma)) * z_t                               # [B, L, D]
-        return dict(u=u, W=linear.weight, b=linear.bias, skip=skip, E=E)
+        skip = ramp * bc(c_skip(gamma)) * z_t if self.cfg.gaussian_bias else None
+        return dict(u=u, W=linear.weight, b=linear.bias, skip=skip, E=None if skip is None else E)
 
     def denoise(self, z_t, gamma, x_sc, E, targets=None, ramp=1.0):
         """x_hat = E[E_x | z_t] [B, L, D] and the nll [B, L] of `targets`; gradients for z_t and x_sc only."""
@@ -441,7 +444,7 @@ class LangFlow(nn.Module):
         def evaluate(y, k, x_sc):
             head = self.head((sigma[k] * y).to(E.dtype), gamma[k].expand(n), x_sc, E)
             if temperature != 1:
-                head.update({name: head[name] / temperature for name in ("u", "b", "skip")})
+                head.update({k: head[k] / temperature for k in ("u", "b", "skip") if head[k] is not None})
             x_hat = common.expected_embedding(**head, values=E)[0]
             # with x_hat = E[x] a held position follows its own exact flow, y = tau E[x] + eps
             return head, torch.where(fixed, x, x_hat) if held[k] else x_hat

