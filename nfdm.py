@@ -450,8 +450,8 @@ class NFDM(nn.Module):
             if getattr(cfg, key) not in allowed:
                 raise UserError(f"--{key}={getattr(cfg, key)} is not one of {', '.join(allowed)}")
         sizes = cfg.d_embed, cfg.length, cfg.fwd_dim, cfg.fwd_layers, cfg.fwd_heads, cfg.fwd_mlp
-        if min(*sizes, cfg.buckets) < 1 or not 0 <= cfg.fwd_dropout < 1:
-            raise UserError("--d_embed, --fwd_* and --buckets must be at least 1, --fwd_dropout in [0, 1)")
+        if min(*sizes, cfg.buckets, cfg.d_embed // 2) < 1 or not 0 <= cfg.fwd_dropout < 1:
+            raise UserError("--fwd_* and --buckets must be at least 1, --d_embed 2, --fwd_dropout in [0, 1)")
         if not 0 < cfg.delta < 1 or (cfg.rec_weight or 0) < 0:
             raise UserError(f"--delta={cfg.delta} must lie in (0, 1), --rec_weight={cfg.rec_weight} above 0")
         self.cfg, self.rec_weight = cfg, cfg.d_embed if cfg.rec_weight is None else cfg.rec_weight
