@@ -676,6 +676,9 @@ def make_config(Cfg, presets, preset, overrides):
     for key in ("dropout", "ema", "beta1", "beta2"):
         if not 0 <= getattr(cfg, key) < 1:
             raise UserError(f"--{key}={getattr(cfg, key)}: must lie in [0, 1)")
+    for key, value in vars(cfg).items():
+        if key.endswith("_prob") and isinstance(value, float) and not 0 <= value <= 1:
+            raise UserError(f"--{key}={value}: a probability lies in [0, 1]")
     return cfg
 
 
