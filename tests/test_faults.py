@@ -1,5 +1,5 @@
-"""Training that can be trusted: kills, signals, full disks, damaged files, bad steps, ranks, sharding, junk on
-the command line, for all five papers.
+"""Training that can be trusted: kills, signals, full disks, damaged files, bad steps, ranks, sharding, junk
+on the command line, for all five papers.
 
     python -m pytest tests/test_faults.py               # the short forms
     python -m pytest --slow tests/test_faults.py        # the full forms too
@@ -44,8 +44,8 @@ import common                                                                   
 import data                                                                             # noqa: E402
 
 PAPERS = {"langflow": "LangFlow", "replaid": "RePlaid", "flm": "FLM", "nfdm": "NFDM", "elf": "ELF"}
-SMALL = dict(lr_schedule="constant", length=16, d_model=32, n_layer=1, n_head=2, cond_dim=16, batch=8, warmup=4,
-             ema=0.9, val_every=0, sample_every=0)
+SMALL = dict(lr_schedule="constant", length=16, d_model=32, n_layer=1, n_head=2, cond_dim=16, batch=8,
+             warmup=4, ema=0.9, val_every=0, sample_every=0)
 OWN = dict(nfdm=dict(d_embed=16, fwd_dim=32, fwd_layers=1, fwd_heads=2, fwd_mlp=32),
            replaid=dict(schedule_width=64))
 ENV = dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
@@ -341,7 +341,7 @@ def test_real_command_train_kill_resume_sample_eval(undisturbed, tmp_path):
 # --- 4. the other papers from end to end ----------------------------------------------------------------
 
 def chain(paper, argv):
-    """Train, the finished run again, sample with text given, eval, bench: one after the other in this process."""
+    """Train, the finished run again, sample with a prompt, eval, bench: one after the other in this process."""
     train = [*argv, "--out=run"]
     for line in (train, train, ["sample", "--steps=3", "--n=2", "--prompt=the", "--out=run"],
                  ["eval", "--rows=8", "--n=4", "--steps=3", "--out=run"],
@@ -556,7 +556,7 @@ def test_one_bad_step_is_skipped_and_ten_in_a_row_stop_the_run(tmp_path):
 # --- 8. ranks -------------------------------------------------------------------------------------------
 
 def global_noise(paper, model, rows, L):
-    """The noise of a paper for these rows, cut from a draw over the global batch: any number of ranks agrees."""
+    """The noise of a paper for these rows, cut from one over the global batch: any number of ranks agrees."""
     g = torch.Generator().manual_seed(rows.step)
     cfg = model.cfg
 
@@ -566,7 +566,7 @@ def global_noise(paper, model, rows, L):
         return dict(eps=normal(cfg.text_encoder_dim), p=normal().sigmoid())
     if paper == "nfdm":
         return normal(cfg.d_embed), normal(cfg.d_embed)
-    return normal(model.noise_width(1) if paper == "flm" else cfg.d_embed if paper == "replaid" else cfg.d_model)
+    return normal(model.noise_width(1) if paper == "flm" else getattr(cfg, "d_embed", cfg.d_model))
 
 
 def three_steps(paper, world, argv, steps=3, given=True, bad=None, save=""):
@@ -772,7 +772,7 @@ def test_a_lost_rank_ends_the_others_and_the_same_command_resumes(tmp_path):
 
 @pytest.mark.slow
 def test_a_lost_rank_under_torchrun(tmp_path):
-    """Two ranks of the real command: SIGKILL of one ends the job within a minute and names it; then to the end."""
+    """Two ranks of the real command: SIGKILL of one ends the job and names it within a minute; then goes on."""
     argv = flags("langflow", data=text_file(tmp_path), steps=400, save_every=20, log_every=20)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                 str(ROOT / "langflow.py")]
@@ -797,7 +797,7 @@ def test_a_lost_rank_under_torchrun(tmp_path):
     killed = time.monotonic()
     text = broken.communicate(timeout=60)[0]
     print(f"ended after {time.monotonic() - killed:.1f} s, exit {broken.returncode}")
-    assert broken.returncode == 1 and "Root Cause (first observed failure)" in text and "Signal 9" in text, text
+    assert broken.returncode == 1 and "Root Cause (first observed" in text and "Signal 9" in text, text
     again = job("run")
     text = again.communicate(timeout=200)[0]
     assert again.returncode == 0 and "resumed at step" in text, text
@@ -806,8 +806,8 @@ def test_a_lost_rank_under_torchrun(tmp_path):
 
 # --- 9. junk --------------------------------------------------------------------------------------------
 
-JUNK = ("", "-1", "0", "1", "2", "7", "1e3", "1.5", "nan", "inf", "-inf", "1e400", "true", "none", "None", "abc", "é⏎",
-        "=", "--", "0x10", "1_000", " 3", "cosine", "gpt2", "tiny", "../x", "\0", "9" * 400, "1e-9", "bf16", "False")
+JUNK = ("", "-1", "0", "1", "2", "7", "1e3", "1.5", "nan", "inf", "-inf", "1e400", "true", "none", "None", "abc",
+        "é⏎", "=", "--", "0x10", "1_000", " 3", "cosine", "gpt2", "tiny", "../x", "\0", "9" * 400, "1e-9", "bf16")
 
 
 def junk_arguments(rng, Paper, Cfg, presets):
@@ -839,8 +839,8 @@ def test_random_command_lines_end_in_a_message_or_a_configuration(paper):
             assert str(e) and "\n" not in str(e), (argv, e)
             refused += 1
     assert 20 < refused < 100
-    wrong, kinds = [], {f.name: f.type for f in dataclasses.fields(Cfg) if f.name not in (
-        "preset", "data", "tokenizer", "init", "teacher", "out", "t5", "threads", "vocab", "stage", "length", "seed")}
+    fixed = "preset data tokenizer init teacher out t5 threads vocab stage length seed".split()
+    wrong, kinds = [], {f.name: f.type for f in dataclasses.fields(Cfg) if f.name not in fixed}
     values = {bool: ("true", "false"), int: ("0", "1", "2", "3", "4", "12", "-1"),
               float: ("0", "0.3", "1", "2.5", "-1", "1e9")}
     for _ in range(40):
@@ -864,7 +864,7 @@ def test_random_command_lines_end_in_a_message_or_a_configuration(paper):
 
 @pytest.mark.slow
 def test_random_real_commands(tmp_path):
-    """30 random command lines through the real command: a run, or exit 2 and one line; no traceback, no hang."""
+    """30 random command lines through the real command: a run, or exit 2 and one line, no traceback or hang."""
     rng, codes, names = random.Random(5), [], sorted(PAPERS)
     text_file(tmp_path)
     for i in range(30):
@@ -915,7 +915,7 @@ def outcome(f, *args, **keys):
 
 
 def test_mutated_checkpoints_are_refused(saved, tmp_path):
-    """250 mutations, all refused. 150 with a checksum made to fit: refused or read, never another exception."""
+    """250 mutations, all refused. 150 with a checksum made to fit: refused or read, no other exception."""
     rng, path = random.Random(0), tmp_path / "ckpt.pt"
     raw = (saved[0] / "run" / "ckpt.pt").read_bytes()
     body = raw[:-len(common.MAGIC) - 32]
@@ -955,7 +955,7 @@ def test_mutated_published_files_are_refused_or_read(tmp_path):
 
 
 def test_mutated_corpora_are_refused_or_whole(prepared, tmp_path):
-    """100 mutations of the meta and data files: refused in one line, or a corpus whose ids fit its vocabulary."""
+    """100 mutations of the meta and data files: refused in a line, or a corpus with ids in its vocabulary."""
     rng, root = random.Random(2), tmp_path / "corpora"
     shutil.copytree(prepared / "corpora", root)
     paths = sorted(p for p in (root / "ptb").iterdir() if p.is_file())
@@ -991,7 +991,8 @@ def test_published_files_cannot_run_code(kind, tmp_path):
     flag, path = tmp_path / "ran", tmp_path / "model.ckpt"
     code = f"open({str(flag)!r}, 'w').close()"
     bomb = dict(system=Bomb(os.system, f"touch {flag}"), eval=Bomb(eval, code), exec=Bomb(exec, code))[kind]
-    torch.save({"hyper_parameters": bomb, "callbacks": {"x": bomb}, "state_dict": {"w": torch.arange(6.).view(2, 3)},
+    weights = {"w": torch.arange(6.).view(2, 3)}
+    torch.save({"hyper_parameters": bomb, "callbacks": {"x": bomb}, "state_dict": weights,
                 "ema": {"decay": 0.9999, "shadow_params": [torch.ones(2)]}}, path)
     with zipfile.ZipFile(path) as archive:                              # it does go off elsewhere
         pkl = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
