@@ -3,6 +3,7 @@
 CORPORA_FROM=FOLDER python -m pytest tests/test_data.py --slow   also prepares every corpus whose files FOLDER holds.
 """
 import http.server
+import io
 import json
 import lzma
 import math
@@ -11,6 +12,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -408,6 +410,30 @@ def test_parallel_text_and_text8_and_archives(tmp_path):
     fails("none of the files of roc", data.prepare, "roc", tmp_path, tmp_path / "b")
 
 
+def test_news_from_its_archive_and_documents_with_a_tail_for_validation(tmp_path):
+    folders = "1-billion/training-monolingual.tokenized.shuffled/news.en-00001-of-00100", \
+        "1-billion/heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050"
+    with tarfile.open(tmp_path / data.LM1B, "w:gz") as archive:
+        for name, lines in zip(folders, (story(1200), story(40, 1))):
+            content = "".join(f"{line} It 's late .\n" for line in lines).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    meta = data.read_meta(data.prepare("lm1b", tmp_path, tmp_path, "bpe300", 32, check=False, workers=1))
+    assert [meta["splits"][s]["documents"] for s in ("train", "val")] == [1200, 40] and meta["insert_eos"]
+    corpus = data.load("lm1b", "bpe300", 32, root=tmp_path)
+    text = "".join(corpus.decode(row[1:-1]) for row in corpus.rows("val", range(42))["tokens"])
+    assert "It's" in text and " 's" not in text
+    whole = (tmp_path / data.LM1B).read_bytes()
+    (tmp_path / data.LM1B).write_bytes(whole[:len(whole) // 2])
+    fails("tar.gz is truncated or damaged", data.prepare, "lm1b", tmp_path, tmp_path / "b", "bpe300", 32, check=False, workers=1)
+    (tmp_path / "openwebtext.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in story(95)))
+    meta = data.read_meta(data.prepare("openwebtext", tmp_path, tmp_path, "bpe300", 32, workers=1))
+    assert [meta["splits"][s]["documents"] for s in ("train", "val")] == [86, 9]
+    (tmp_path / "openwebtext.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    fails("openwebtext.jsonl is truncated or damaged", data.prepare, "openwebtext", tmp_path, tmp_path / "b", "bpe300", 32, workers=1)
+
+
 def test_wrong_checksum_is_refused_by_name(tmp_path):
     source = ptb_folder(tmp_path / "from")
     fails("ptb.train.txt.xz is not the published ptb.train.txt", data.prepare, "ptb", source, tmp_path, "bpe300", 32)
@@ -517,6 +543,39 @@ def test_command_line_errors_are_one_line_and_status_2(tmp_path, capsys):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
+# --- optional packages --------------------------------------------------------------------------
+
+def test_generative_perplexity_equals_a_direct_computation(gpt2):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50257, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+    scorer, total, count = transformers.GPT2LMHeadModel(config).eval(), {False: 0., True: 0.}, {False: 0, True: 0}
+    texts = ["The dog runs.<|endoftext|>It sleeps.<|endoftext|><|endoftext|>", "<|endoftext|>A cat<|endoftext|> sat.", "", "words " * 80]
+    for text in texts:
+        ids = gpt2.encoding.encode(text, allowed_special="all")[:64]
+        seen = int(ids[:1] == [50256])
+        for j in range(1, len(ids)):
+            with torch.no_grad():
+                nll = -scorer(torch.tensor([ids[:j]])).logits[0, -1].log_softmax(0)[ids[j]].item()
+            seen += ids[j] == 50256
+            for every in (False, True):
+                if every or ids[j] != 50256 or seen == 1:
+                    total[every], count[every] = total[every] + nll, count[every] + 1
+    for every in (False, True):
+        ours = data.generative_perplexity(texts, scorer, every_eos=every, limit=64)
+        assert ours == pytest.approx(math.exp(total[every] / count[every]), rel=1e-4)
+    assert count[True] == count[False] + 2 + 1                                  # two late EOS in the first text, one in the second
+
+
+def test_bleu_and_rouge_equal_the_packages_on_random_text():
+    sacrebleu, scorer = pytest.importorskip("sacrebleu"), pytest.importorskip("rouge_score.rouge_scorer")
+    hyp, ref = story(60, 1) + ["Costs $1,000.50 (e.g. 3-4)!"], story(60, 2) + ["It cost $1,000.5, e.g. 3-4."]
+    ours = sacrebleu.corpus_bleu(hyp, [ref], lowercase=True, use_effective_order=True).score
+    assert data.bleu(hyp, ref) == pytest.approx(ours, rel=1e-9)
+    judge = scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    for h, r in zip(hyp, ref):
+        assert data.rouge(h, r) == pytest.approx({k: 100 * v.fmeasure for k, v in judge.score(r, h).items()}, rel=1e-9)
+
+
 # --- the real files -----------------------------------------------------------------------------
 
 # (corpus, options): {split: (tokens before packing, blocks)}: data page sections 2.3 and 10
@@ -536,6 +595,38 @@ def test_real_corpora_have_the_published_counts(tmp_path, gpt2, name, options, s
     for split, (tokens, blocks) in splits.items():
         assert (meta["splits"][split]["tokens"], meta["splits"][split]["blocks"]) == (tokens, blocks)
     assert data.load(name, length=1024, root=tmp_path).describe()
+
+
+# corpora without a published count: (tokens, first 8 ids, last 8 ids), from readers that share no code with the preparation
+# but the tokenizers themselves
+COUNTED = {
+    ("text8", "train"): (6190042, [0, 1, 14, 1, 18, 3, 8, 9], [0, 15, 6, 0, 20, 8, 5, 0]),
+    ("text8", "val"): (343891, [13, 1, 12, 9, 11, 9, 19, 0], [4, 9, 6, 6, 9, 3, 21, 12]),
+    ("text8", "test"): (343892, [20, 0, 9, 6, 0, 14, 15, 20], [14, 5, 0, 14, 9, 14, 5, 0]),
+    ("tinyshakespeare", "train"): (1003854, [18, 47, 56, 57, 58, 1, 15, 47], [51, 43, 57, 1, 46, 43, 56, 43]),
+    ("tinyshakespeare", "val"): (111540, [12, 0, 0, 19, 30, 17, 25, 21], [61, 39, 49, 47, 52, 45, 8, 0]),
+    ("multi30k", "train"): (452297, [2759, 1021, 6, 1945, 5069, 7, 33, 1067], [28, 20735, 11, 8022, 16, 8, 2458, 5]),
+    ("multi30k", "val"): (15937, [71, 563, 13, 1076, 33, 12115, 7282, 2400], [2147, 18, 9, 18, 3013, 17, 63, 5]),
+    ("multi30k", "test"): (15412, [71, 388, 16, 46, 5470, 3, 547, 3], [28, 3, 9, 4180, 16, 8, 2357, 5]),
+    ("xsum", "test"): (1663, [3, 9, 6098, 1390, 12, 5936, 165, 293], [147, 1157, 5533, 2440, 5827, 1442, 3, 5]),
+    ("roc", "val"): (261172, [0, 4, 5, 6, 7, 8, 9, 10], [772, 487, 934, 8, 14, 596, 11, 1]),
+    ("roc", "test"): (259232, [0, 1882, 34, 1397, 71, 8, 48, 1826], [123, 2, 21, 90, 127, 192, 11, 1]),
+    ("e2e", "train"): (1026141, [0, 4, 5, 6, 7, 8, 9, 10], [83, 79, 64, 30, 105, 106, 15, 1]),
+    ("e2e", "val"): (125694, [0, 174, 37, 11, 112, 64, 30, 105], [267, 39, 117, 118, 33, 12, 15, 1]),
+    ("e2e", "test"): (137319, [0, 121, 40, 41, 64, 30, 105, 106], [57, 187, 69, 7, 4, 54, 15, 1])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({name for name, _ in COUNTED}))
+def test_real_corpora_have_the_counted_ids(tmp_path, name):
+    if "CORPORA_FROM" not in os.environ:
+        pytest.skip("set CORPORA_FROM to a folder with the files of the corpora")
+    meta = data.prepare(name, os.environ["CORPORA_FROM"], tmp_path)
+    entries = data.read_meta(meta)["splits"]
+    assert set(entries) == {split for corpus, split in COUNTED if corpus == name}
+    for split, entry in entries.items():
+        ids = np.fromfile(meta.parent / entry["files"]["target"]["file"], dtype="<u2").tolist()
+        assert (len(ids), ids[:8], ids[-8:]) == COUNTED[name, split] and entry["tokens"] == len(ids)
 
 
 @pytest.mark.slow
