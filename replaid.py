@@ -52,7 +52,6 @@ from common import bc
 NORM_EPS = 1e-8             # unit norm is M / (|M| + 1e-8)  (official Plaid code)
 STATS_INIT = 1e-8           # start of the running sums behind the number of reconstruction rows (official)
 STATS_DECAY = 0.997         # and their decay
-CHUNK_ELEMENTS = {"cpu": 2 ** 22, "cuda": 2 ** 28}      # logits alive at once in the fused head
 LEAST = dict(d_embed=1, schedule_width=1, bias_ramp=0, self_cond_every=0, lr_embed=0, lr_shape=0, lr_bounds=0)
 
 
@@ -257,7 +256,7 @@ class _ElboHead(torch.autograd.Function):
         sq, ce = x.new_empty(N), x.new_empty(N)
         du, dzb, dx = (torch.empty_like(v) if train else None for v in (u, zb, x))
         dW, db, dE = (torch.zeros_like(v) if train else None for v in (W, b, E))
-        W_low, size = W.to(u.dtype), max(64, CHUNK_ELEMENTS.get(u.device.type, 2 ** 24) // V)       # [R4]
+        W_low, size = W.to(u.dtype), max(64, common.CHUNK_ELEMENTS.get(u.device.type, 2 ** 24) // V)  # [R4]
         columns = [v[:, None].to(b.dtype) for v in (w_mse, w_ce, keep)]
         for i in range(0, N, size):
             s = slice(i, min(i + size, N))

@@ -345,7 +345,7 @@ def test_fused_head_gradients_equal_the_plain_form(monkeypatch):
     want = plain_head(*leaves, targets, live)
     want_grads = torch.autograd.grad(3 * want, leaves)
     for elements in (2 ** 22, 1):
-        monkeypatch.setitem(replaid.CHUNK_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(common.CHUNK_ELEMENTS, "cpu", elements)
         loss, sq, ce = replaid.elbo_head(*leaves, targets, live)
         torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
         for ours, plain in zip(torch.autograd.grad(3 * loss, leaves), want_grads):
