@@ -369,8 +369,8 @@ class ELF(nn.Module):
         D, C, head_dim = cfg.d_model, cfg.text_encoder_dim, cfg.d_model // cfg.n_head
         if cfg.d_model % (2 * cfg.n_head):
             raise UserError(f"d_model={D} is not a multiple of 2 * n_head={2 * cfg.n_head}")
-        if cfg.dropout:
-            raise UserError("dropout must be 0: the lean step takes the guided estimate from the main pass")
+        if cfg.dropout or not -1 < cfg.self_cond_cfg_min <= cfg.self_cond_cfg_max:
+            raise UserError("dropout must be 0 (the main pass guides), -1 < self_cond_cfg_min <= self_cond_cfg_max")
         self.cfg, self.amp, self._teacher, self._t5 = cfg, False, None, None
         if cfg.encoder == "gauss":
             self.register_buffer("E", gauss_table(cfg.vocab, C, cfg.seed))
