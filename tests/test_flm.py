@@ -832,7 +832,7 @@ for i in range(6 if len(kinds) > 1 else 2):
         step(k, *runs[k])
         times[k].append(time.process_time() - start)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - resident
-print(*[sorted(t[1:])[len(t) // 2] for t in times.values()], peak)
+print(*[sorted(t[1:])[(len(t) - 1) // 2] for t in times.values()], peak)
 """
 
 
