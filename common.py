@@ -1309,7 +1309,7 @@ def train(Paper, Cfg, presets, overrides, world):
         f"{flops / 1e6:.1f} MFLOP/token | {count(cfg.batch * cfg.length)} tokens/step")
     say(f"{corpus.describe()} | {'resumed at step ' + str(run.step) if run.step else 'fresh start'}, seed {cfg.seed}")
     if shutil.disk_usage(out).free < 48 * n_params:
-        raise UserError(f"{out}: less than {48e-9 * n_params:.1f} GB free for three checkpoints; free some space")
+        raise UserError(f"{out}: less than {48e-6 * n_params:,.0f} MB free for three checkpoints; free some space")
     finished = run.step >= cfg.steps
     kept = [r for r in read_metrics(out) if r.get("step", 0) <= run.step and (finished or r.get("kind") != "final")]
     if world.rank == 0:                     # lines past the checkpoint are cut: no step appears twice
