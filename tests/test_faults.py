@@ -226,6 +226,16 @@ def no_room_for(name):
     builtins.open = full
 
 
+def fill_disk(ballast, room):
+    """When the first step is about to begin, only `room` bytes are left on the disk."""
+    take_steps = common.take_steps
+
+    def on_a_full_disk(*args):
+        ballast.write_bytes(b"x" * (shutil.disk_usage(ballast.parent).free - room))
+        return take_steps(*args)
+    common.take_steps = on_a_full_disk
+
+
 def limit_file_size(n):
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, resource.RLIM_INFINITY))
 
@@ -429,22 +439,23 @@ def test_full_disk_is_one_line_and_the_last_checkpoint_stays(copied):
 def test_full_tmpfs(copied):
     folder, argv = copied
     (folder / "disk").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder / "disk"],
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder / "disk"],
                              capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     try:
         shutil.copytree(folder / "run", folder / "disk" / "run")
-        good, out = files(folder / "run"), f"--out={folder}/disk/run"
-        room = shutil.disk_usage(folder / "disk").free
-        (folder / "disk" / "ballast").write_bytes(b"x" * max(0, room - len(good["ckpt.pt"]) // 2))
-        code, text = run("langflow", [*argv, "--steps=30", out], folder)
+        good, more = files(folder / "run")["ckpt.pt"], [*argv, "--steps=30", f"--out={folder}/disk/run"]
+        code, text = run("langflow", more, folder, (fill_disk, folder / "disk" / "ballast", len(good) // 2))
         assert code == 2, text
-        one_line(text, "free some space")
-        assert files(folder / "disk" / "run")["ckpt.pt"] == good["ckpt.pt"]
+        one_line(text, "No space left on device", "free some space", "intact")
+        assert files(folder / "disk" / "run")["ckpt.pt"] == good
+        code, text = run("langflow", more, folder)              # still full: refused before the first step
+        assert code == 2, text
+        one_line(text, "free for three checkpoints; free some space")
         (folder / "disk" / "ballast").unlink()
-        code, text = run("langflow", [*argv, "--steps=30", out], folder)
-        print(text.splitlines()[-1])
+        code, text = run("langflow", more, folder)
+        assert code == 0 and "resumed at step 8" in text, text
     finally:
         subprocess.run(["umount", folder / "disk"], check=True)
 
