@@ -216,6 +216,8 @@ def test_golden_ode_likelihood(g, tag, solver, divergence, masked):
     grid = m.proposal.gamma_of(torch.linspace(0, 1, int(g["nll/n_steps"]) + 1))
     close(grid, g["nll/gamma_grid"], 1e-5)
     count = mask.sum(1) if masked else torch.full((3,), 8)
+    kept = g["nll/noise"][0].square().sum(-1) * (mask if masked else 1)
+    close(out["control"], 0.5 * (g["nll/noise"].shape[-1] * count - kept.sum(1)), 1e-4)
     assert torch.equal(count, g[f"nll/{tag}/num_valid_tokens"])
 
 
@@ -381,15 +383,17 @@ def test_gradients_of_network_and_schedule_do_not_mix():
     assert set(both) - set(alone) == {"proposal.loc", "proposal.scale", "proposal.entropy"}
     for n in alone:
         assert torch.equal(alone[n], both[n]), n
-    # they get exactly the gradient of L_sched: 2 (H - CE_row) dH, where dH / d entropy = H / entropy = q
+    # they get exactly the gradient of L_sched at fixed gamma and CE_row
     t, tokens, noise = torch.rand(4).double(), torch.randint(29, (4, 8)), torch.randn(4, 8, 32).double()
     m.zero_grad()
     m.loss(dict(tokens=tokens), t=t, noise=noise, coins=torch.zeros(4, dtype=torch.bool))[0].backward()
-    E, gamma = m.codebook(), m.proposal.gamma_of(t)
+    E, gamma = m.codebook(), m.proposal.gamma_of(t).detach()
     alpha, sigma = alpha_sigma(gamma)
     z = bc(alpha) * F.embedding(tokens, E) + bc(sigma) * noise
-    row = m.denoise(z, gamma, torch.zeros_like(z), E, tokens)[1].mean(1)
-    close(m.proposal.entropy.grad, (2 * (m.proposal.entropy * t - row) * t).mean(), 1e-10)
+    row = m.denoise(z, gamma, torch.zeros_like(z), E, tokens)[1].mean(1).detach()
+    sched = (row - m.proposal.information(gamma)).square().mean()
+    for p, grad in zip(m.proposal.parameters(), torch.autograd.grad(sched, list(m.proposal.parameters()))):
+        close(p.grad, grad, 1e-10)
 
 
 def test_schedule_fits_a_known_information_curve():
