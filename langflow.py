@@ -44,7 +44,7 @@ from common import bc
 class Config(common.Config):
     self_cond_prob: float = 0.25            # share of rows that see their own estimate; 0 = no projection
     self_cond_form: str = "subset"          # subset: that share of every batch; bernoulli: all rows or none
-    bias_ramp: int = 0                      # steps over which the Gaussian bias grows from 0 to 1; 0 = none
+    bias_ramp: int = 0                      # steps in which the Gaussian bias grows from 0 to 1; 0 = at once
     gaussian_bias: bool = True              # add each token's own likelihood to the logits; false = ablation
     normalise: bool = True                  # rows of E on the sphere of radius sqrt(D); false = ablation
     schedule_lr: float = 5e-3               # learning rate of loc, scale and entropy: about their move a step
@@ -62,10 +62,12 @@ _PUBLISHED = dict(
     schedule_lr=3e-4,                                                       # not published
     self_cond_prob=0.25, bias_ramp=5000, gumbel_loc=4.723, gumbel_scale=0.852, gumbel_entropy=7.02,
     log_every=100, val_every=10_000, save_every=5000, sample_every=10_000)
+# Nats that context has won after 400 steps on the built-in text (CE at gamma = 3 against independent tokens):
+# 0.14 with these values, 0.11 with gates at 0.5, 0.10 with 4 heads besides, 0.04 with beta2 0.999 and lr 5e-3.
 _TINY = dict(d_model=64, n_layer=3, n_head=2, cond_dim=64, length=64, batch=32, lr=3e-3, beta2=0.9, warmup=50,
              lr_schedule="cosine", gate_init=1.0, ema=0.998, schedule_lr=2e-2)
-_TEN_MINUTES = dict(d_model=384, n_layer=6, n_head=6, cond_dim=128, length=256, lr=6e-4, beta2=0.95, warmup=200,
-                    lr_schedule="cosine", gate_init=0.5, ema=0.999, schedule_lr=5e-3, bias_ramp=200)
+_TEN_MINUTES = dict(d_model=384, n_layer=6, n_head=6, cond_dim=128, length=256, lr=6e-4, beta2=0.95,
+                    warmup=200, lr_schedule="cosine", gate_init=0.5, ema=0.999, schedule_lr=5e-3, bias_ramp=200)
 
 PRESETS = {
     "tiny": dict(_TINY, steps=2200),
@@ -275,7 +277,7 @@ class LangFlow(nn.Module):
         # 5. the schedule follows the CE of each row at its own gamma; a gradient for the three scalars only
         nll_row = (nll * counts).sum(1) / counts.sum(1).clamp(min=1)        # [B]
         sched = (nll_row - self.proposal.information(gamma)).square().mean()
-        scalars = {name: p.detach() for name, p in self.proposal.named_parameters()}
+        scalars = {name: p.detach().clone() for name, p in self.proposal.named_parameters()}
         return ce + sched, dict(ce=ce.detach(), sched=sched.detach(), **scalars)
 
     def bias_factor(self, batch):
