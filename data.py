@@ -187,8 +187,8 @@ class WordPiece(Tokenizer):
     name, bos, eos, pad, sep, drop = "bert-base-uncased", 101, 101, 0, 102, (0,)
 
     def __init__(self, path):
-        self.pieces = Path(path).read_text(encoding="utf-8").splitlines()
-        self.vocab, self.state = len(self.pieces), dict(file=Path(path).name)
+        self.pieces = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        self.vocab, self.state = len(self.pieces), dict(file=Path(path).name, sha256=digest(path))
         self.ids, self.table = {p: i for i, p in enumerate(self.pieces)}, BertCharacters()
         self.split = functools.cache(self.longest_matches)      # the cost is that of the distinct words
         if self.ids.get("[CLS]") != self.bos:
@@ -225,7 +225,7 @@ class Unigram(Tokenizer):
             at += 2 + data[at + 1]
         if at > len(data) or self.pieces[:3] != ["<pad>", "</s>", "<unk>"] or not np.isfinite(scores).all():
             raise UserError(f"{path} is not T5's spiece.model, or it is damaged")
-        self.vocab, self.state = len(self.pieces) + 100, dict(file=Path(path).name)
+        self.vocab, self.state = len(self.pieces) + 100, dict(file=Path(path).name, sha256=digest(path))
         self.table = {p: (i, s) for i, (p, s) in enumerate(zip(self.pieces, scores)) if i > 2}
         self.longest, self.unknown = max(map(len, self.pieces)), min(scores) - 10
         self.split = functools.cache(self.best_split)
@@ -272,7 +272,10 @@ def make_tokenizer(name, text, reserved=False):
 def restore(name, state, folder):
     """Tokenizer from the meta file of a prepared corpus."""
     if name in VOCABULARIES:
-        return VOCABULARIES[name][0](Path(folder) / state["file"])
+        path = Path(folder) / state["file"]
+        if not path.is_file() or digest(path) != state["sha256"]:
+            raise UserError(f"{path} is missing or changed; empty {path.parent} and prepare it again")
+        return VOCABULARIES[name][0](path)
     if name in ("char", "word"):
         return Chars(**state) if name == "char" else Words(name, **state)
     return BPE(name, [base64.b64decode(m) for m in state["merges"]], state["reserved"])

@@ -413,6 +413,22 @@ def test_parallel_text_and_text8_and_archives(tmp_path):
     fails("none of the files of roc", data.prepare, "roc", tmp_path, tmp_path / "b")
 
 
+def test_vocabulary_file_is_kept_with_the_corpus_and_checked(tmp_path):
+    words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "low", "new", "##er", "."]
+    (tmp_path / "v.txt").write_text("\n".join(words))
+    keys = dict(PTB, tokenizer="bert-base-uncased", vocab=tmp_path / "v.txt", insert_eos=True)
+    meta = data.prepare("ptb", ptb_folder(tmp_path / "from"), tmp_path, **keys)
+    corpus = data.load("ptb", length=32, root=tmp_path)
+    row = corpus.rows("val", [0])["tokens"][0]
+    assert corpus.vocab == 107 and row[0] == row[-1] == 101 and 102 not in row and "newer" in corpus.decode(row)
+    kept = meta.parent / "bert-base-uncased-vocab.txt"
+    kept.write_text(kept.read_text().replace("low", "Low"))
+    fails("missing or changed", data.load, "ptb", length=32, root=tmp_path)
+    kept.unlink()
+    fails("missing or changed", data.load, "ptb", length=32, root=tmp_path)
+    fails("not the vocabulary of bert", data.prepare, "ptb", tmp_path / "from", tmp_path / "b", **dict(keys, vocab=__file__))
+
+
 def test_news_from_its_archive_and_documents_with_a_tail_for_validation(tmp_path):
     folders = "1-billion/training-monolingual.tokenized.shuffled/news.en-00001-of-00100", \
         "1-billion/heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050"
