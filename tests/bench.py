@@ -208,22 +208,22 @@ def report_memory(added):
         print(f"{name:10}{m / 2 ** 20:9.0f} MiB added by a step, {m / added['plain']:.2f} of plain")
 
 
-def held_memory(world):
-    """Bytes held now: of the process on a CPU (Linux), of the allocator on a GPU."""
-    if world.device.type == "cuda":
-        return torch.cuda.memory_allocated(world.device)
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def process_memory(key):
+    """VmRSS or VmHWM (its peak) of this process in bytes, on Linux; ru_maxrss would start at the parent's peak."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(key)).split()[1])
 
 
 def step_memory(step, world):
     """Bytes that two runs of `step` add at their peak; the process must not have had a higher one before."""
     gc.collect()
-    if world.device.type == "cuda":
+    gpu = world.device.type == "cuda"
+    if gpu:
         torch.cuda.reset_peak_memory_stats(world.device)
-    before = held_memory(world)
+    before = torch.cuda.memory_allocated(world.device) if gpu else process_memory("VmRSS")
     for _ in range(2):
         step()
-    return 1e9 * common.peak_memory(world) - before
+    return (torch.cuda.max_memory_allocated(world.device) if gpu else process_memory("VmHWM")) - before
 
 
 def child(*argv):
