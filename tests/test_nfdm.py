@@ -677,6 +677,20 @@ def test_every_parameter_learns_and_padding_or_rows_do_not_mix():
     close(a[:1], b, 1e-12)                          # jvp over t is per row only because rows do not mix
 
 
+@pytest.mark.parametrize("forward", nfdm.CHOICES["forward"])
+def test_one_loss_bound_and_sampler_serve_every_process(forward):
+    model = small(dtype=torch.float32, forward=forward, randomise=False).train()
+    tokens = torch.randint(0, 7, (4, 6))
+    loss, _ = model.loss(dict(tokens=tokens))
+    loss.backward()
+    learned = [p for name, p in model.process.named_parameters() if name != "fc3.bias"]  # cancels in VDM
+    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in learned)
+    out = model.eval().nll(tokens)
+    assert out["nll"].isfinite().all() and (out["prior"] >= 0).all()
+    for sampler in ("ode", "marginal"):
+        assert model.sample(2, 6, 4, sampler=sampler).shape == (2, 6)
+
+
 def test_dropout_uses_one_mask_for_value_and_tangent():
     h = torch.randn(4, 5, 6)
     a, b = nfdm.d_dropout(h, 2 * h, 0.5)
