@@ -71,7 +71,7 @@ _TEN_MINUTES = dict(d_model=384, n_layer=6, n_head=6, cond_dim=128, length=256, 
                     bias_ramp=200)
 
 PRESETS = {
-    "tiny": dict(_TINY, steps=2200),
+    "tiny": dict(_TINY, steps=2600),
     "lm1b": dict(_PUBLISHED, data="lm1b", length=128),
     "owt": dict(_PUBLISHED, data="openwebtext", tokenizer="gpt2", length=1024),
     # text of your own on one GPU: python langflow.py --preset=text --data=FILE_OR_FOLDER
