@@ -289,7 +289,7 @@ def measure(name, out, n=SAMPLES, steps=STEPS, rows=ROWS, iters=20):
                device=torch.cuda.get_device_name() if gpu else "cpu", corpus=corpus.describe())
     if hasattr(model, "nll"):
         row["bound"] = common.score(model, corpus, world, rows, micro)
-        row["estimator"] = model.describe_nll() if hasattr(model, "describe_nll") else "bound"
+        row["estimator"] = model.describe_nll() if hasattr(model, "describe_nll") else "SDE bound"
     else:
         row["val"] = common.score(model, corpus, world, rows, micro)
     row["bytes_per_token"] = corpus.bytes_per_token("val")
