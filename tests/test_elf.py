@@ -140,7 +140,8 @@ def test_t5_weights_from_files(tmp_path):
     torch.save(given, tmp_path / "t5.bin")
     header, raw = {}, b""
     for name, x in given.items():
-        header[name] = dict(dtype="F32", shape=list(x.shape), data_offsets=[len(raw), len(raw) + 4 * x.numel()])
+        span = [len(raw), len(raw) + 4 * x.numel()]
+        header[name] = dict(dtype="F32", shape=list(x.shape), data_offsets=span)
         raw += x.contiguous().numpy().tobytes()
     head = json.dumps(header).encode()
     (tmp_path / "t5.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + raw)
@@ -494,7 +495,7 @@ def test_losses_at_the_start():
 
 
 def test_blocks_compile_without_graph_breaks():
-    """fullgraph=True, training and sampling; the same loss as the plain module. Also bf16 autocast, close to it."""
+    """fullgraph=True, training and sampling: the loss of the plain module; bf16 autocast comes close."""
     plain, fast = small(), small()
     batch = dict(tokens=torch.randint(0, 11, (10, 8)), rows=common.Rows(0, 1, 0, 10, 10))
     fast.load_state_dict(plain.state_dict())
