@@ -489,7 +489,7 @@ def plain_expected_embedding(u, W, b, values, skip=None, E=None, targets=None, c
     return logp.exp() @ values, nll
 
 
-def plain_elbo_head(u, W, b, zb, E, x, w_mse, w_ce, targets, live):
+def plain_elbo_head(u, W, b, zb, E, x, w_mse, w_ce, targets, live, chunk=None):
     """replaid.elbo_head by materialised logits; rows that are not live see a constant E."""
     sq, ce = torch.empty_like(x[..., 0]), torch.empty_like(x[..., 0])
     for rows, matrix in ((live.bool(), E), (~live.bool(), E.detach())):
