@@ -88,14 +88,14 @@ class Config(common.Config):
 
 OWT = dict(data="openwebtext", tokenizer="t5", vocab=32100, encoder="t5", text_encoder_dim=512, eos=1,
            pad=0, length=1024, bottleneck_dim=128, batch=512, lr=2e-3, warmup=9508, ema=0.9999, seed=42)
-COND = dict(pad_in_loss=True, eos=1, pad=1, decoder_noise_scale=1.0, label_drop_prob=0.1, w=1.0,
-            c=2.0, sampler="ode")
-PAIRS = dict(OWT, d_model=768, n_layer=12, n_head=12, warmup=5000) | COND
+COND = dict(pad_in_loss=True, eos=1, pad=1, decoder_noise_scale=1.0, label_drop_prob=0.1, w=1.0, c=2.0)
+PAIRS = dict(OWT, d_model=768, n_layer=12, n_head=12, warmup=5000, sampler="ode") | COND
 TINY = dict(data="prose", tokenizer="char", length=64, batch=32, d_model=64, n_layer=3, n_head=4, lr=0.02,
             warmup=100, lr_schedule="cosine", min_lr=0.1, ema=0.998, ema_warmup=True, text_encoder_dim=128)
 PRESETS = {
     "tiny": dict(TINY, steps=2000),
-    "reverse": dict(TINY, data="reverse", length=24, max_input_length=12, lr=0.01, batch=64, steps=2500) | COND,
+    "reverse": dict(TINY, data="reverse", length=24, max_input_length=12, lr=0.01, batch=64, steps=2500,
+                    sampler="ode") | COND,
     # appendix B.1, table 4; 19,017 steps an epoch
     "owt-b": dict(OWT, d_model=768, n_layer=12, n_head=12, steps=5 * 19017),
     "owt-m": dict(OWT, d_model=1056, n_layer=24, n_head=16, steps=4 * 19017, churn=1.0),
