@@ -38,7 +38,7 @@ import data                                                 # noqa: E402
 
 PAPERS = ("langflow", "replaid", "flm", "nfdm", "elf")
 NAMES = dict(ar="autoregressive", langflow="LangFlow", replaid="RePlaid", flm="FLM", nfdm="NFDM", elf="ELF",
-             fmlm="FMLM (FLM, then as long distilled)")
+             fmlm="FMLM")
 FMLM = ("--stage=distill", "--lr=1e-3", "--beta2=0.95", "--boundary_prob=4")
 STEPS = (1, 4, 16, 64, 256)     # sampling steps of the table
 SAMPLES = 64                    # samples behind each cell
@@ -368,7 +368,8 @@ def markdown(rows):
         lines.append(f"| {label} | | " + " | ".join([cell(s)] + [""] * (len(columns) - 1)) + " |")
     lines += ["", "Seconds are those at 64 steps (autoregressive: a step a token, uncached), samplers the "
               "papers' defaults. The last three rows are validation text, tokens drawn from the training "
-              "unigrams and uniform tokens; they have no steps.", "",
+              "unigrams and uniform tokens; they have no steps. FMLM, if listed, is the FLM of this table distilled "
+              "for as many steps again.", "",
               "One sample of each row, not chosen, at its largest number of steps:", ""]
     lines += [f"- {NAMES[r['name']]}: `{r['text'].replace('`', ' ')}`" for r in rows]
     return "\n".join(lines) + "\n"
