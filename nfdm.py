@@ -15,8 +15,9 @@ Paper: "Towards Latent Diffusion Suitable For Text" (Midavaine, Naesseth, Bartos
 Differs from the paper: the predictor is the shared DiT (theirs: a BERT-base from scratch; `net=` takes any
 module); g = 1 at the start; times are stratified. Differs from the official code: importance weights meet
 their own samples (--is_weights=as_coded restores theirs); the bound sums the reconstruction over tokens
-(theirs: the mean). Not here: the older NFDM-G net, MuLAN's VAE context, the x0 and `rescaled` losses. The
-paper's full text was not available: the sources are its official code and the base paper.
+(theirs: the mean). Not here, baselines and unused options of that code: the older NFDM-G net, MuLAN's VAE
+context and reference schedule, autoregressive gamma, x0 and `rescaled` losses, salted times, uneven grid.
+The paper's full text was not available: the sources are its official code and the base paper.
 
     python nfdm.py                                   # train `tiny`, end with the bound and samples
     python nfdm.py --forward=frozen                  # a fixed process: frozen, line, sqrt, vdm, mulan
@@ -36,7 +37,7 @@ from common import UserError, bc
 # --- 1. configuration and presets ----------------------------------------------------------------
 
 CHOICES = dict(forward=("learned", "frozen", "line", "sqrt", "vdm", "mulan"),
-               volatility=("auto", "learned", "markov"), is_weights=("paired", "as_coded"))
+               volatility=("auto", "learned", "markov", "static"), is_weights=("paired", "as_coded"))
 STABILIZER = 0.01                   # share of the network in x_hat at t = 0 (official code, `stabilize`)
 
 
@@ -50,7 +51,7 @@ class Config(common.Config):
     fwd_heads: int = 8              # its attention heads
     fwd_mlp: int = 1024             # hidden width of its MLPs
     fwd_dropout: float = 0.01       # its dropout
-    volatility: str = "auto"        # g(t): learned or markov; auto = markov for sqrt, vdm, mulan
+    volatility: str = "auto"        # g(t): learned, markov, static; auto = markov for sqrt, vdm, mulan
     stabilize: bool = True          # x_hat = (1-t) z + (t+0.01) net(z, t); false: x_hat = net(z, t)
     buckets: int = 100              # equal buckets of the learned density of training times
     is_weights: str = "paired"      # importance weights: paired (unbiased) or as_coded (official)
@@ -117,7 +118,7 @@ class Frozen(Fixed):
 
 
 class Line(Frozen):
-    """Flow-matching line: alpha = 1 - t, sigma = t + delta (1-t). Published with delta = 0.01."""
+    """Flow-matching line: alpha = 1 - t, sigma = t + delta (1-t). Published: delta = 0.01, a static g."""
 
     def schedule(self, t):
         return 1 - t, t + self.delta * (1 - t), -torch.ones_like(t), torch.full_like(t, 1 - self.delta)
@@ -128,7 +129,7 @@ class Sqrt(Fixed):
 
     def schedule(self, t):
         u, u_dot = t + 1e-4 * (0.99 - t), 1 - 1e-4
-        alpha = torch.sqrt(1 - u.sqrt())
+        alpha = torch.sqrt((u_dot * (1 - t) + 1e-6) / (1 + u.sqrt()))      # 1 - sqrt(u), keeping its digits
         return alpha, u**0.25, -u_dot / (4 * u.sqrt() * alpha), 0.25 * u_dot * u**-0.75
 
 
@@ -142,7 +143,8 @@ class VariancePreserving(Fixed):
 
 
 class VDM(VariancePreserving):
-    """One scalar monotone gamma(t): l + W3 sigmoid(W2 l + b2), l = W1 t + b1, weights through softplus."""
+    """One scalar monotone gamma(t) = l + W3 sigmoid(W2 l + b2) + b3, l = W1 t + b1, weights through softplus,
+    then moved and scaled to its ends (b3 cancels: it is here for its published name)."""
 
     def __init__(self, gamma_0=-10.0, gamma_1=10.0, hidden=1024):
         super().__init__()
@@ -151,10 +153,10 @@ class VDM(VariancePreserving):
 
     def gamma(self, t):
         w1, w2, w3 = (F.softplus(fc.weight) for fc in (self.fc1, self.fc2, self.fc3))
-        ends_t = torch.cat([t.new_tensor([0.0, 1.0]), t.flatten()])[:, None]
+        ends_t = torch.cat([t.new_zeros(1), t.new_ones(1), t.flatten()])[:, None]
         line = F.linear(ends_t, w1, self.fc1.bias)                          # [n,1]
         s = torch.sigmoid(F.linear(line, w2, self.fc2.bias))                # [n,hidden]
-        y, y_dot = line + F.linear(s, w3), w1 * (1 + F.linear(s * (1 - s) * w2.T, w3))
+        y, y_dot = line + F.linear(s, w3, self.fc3.bias), w1 * (1 + F.linear(s * (1 - s) * w2.T, w3))
         scale = (self.ends[1] - self.ends[0]) / (y[1] - y[0])
         return (self.ends[0] + (y[2:] - y[0]) * scale).view(t.shape), (y_dot[2:] * scale).view(t.shape)
 
@@ -172,11 +174,9 @@ class MuLAN(VariancePreserving):
         h = F.silu(self.l2(F.silu(self.l1(t.new_ones(1)))))
         a, b, c = (layer(h)[:, None] for layer in (self.l3_a, self.l3_b, self.l3_c))        # [L,1]
         c = 1e-3 + F.softplus(c)
-
         def P(t):                   # integral of (a t^2 + b t + c)^2 + 1e-3
             cubic = (b * b + 2 * a * c) / 3 + t * (a * b / 2 + t * a * a / 5)
             return t * (c * c + 1e-3 + t * (b * c + t * cubic))
-
         scale = (self.ends[1] - self.ends[0]) / P(1)
         # differs from the official code, whose derivative leaves out the 1e-3
         return self.ends[0] + scale * P(t), scale * ((a * t**2 + b * t + c) ** 2 + 1e-3)
@@ -420,8 +420,8 @@ def diffusion_element(eps, path, z, path_hat, g2):
 
 
 def nearest_rows(x, E):
-    """Row of E [V,De] nearest to each x [...,De] in L2 (Diffusion-LM's rounding, "clamping")."""
-    return E[(E.square().sum(-1) - 2 * x @ E.T).argmin(-1)]                 # |x|^2 is the same for every row
+    """Row of E [V,De] nearest in L2 to each x [...,De] (Diffusion-LM's clamping): largest x.E - |E|^2 / 2."""
+    return E[common.greedy(x, E, -0.5 * E.square().sum(-1))]
 
 
 # --- 6. the model --------------------------------------------------------------------------------
@@ -461,9 +461,8 @@ class NFDM(nn.Module):
             learned=lambda: Learned(cfg.delta, ForwardNet(*sizes, cfg.fwd_dropout)),
             frozen=lambda: Frozen(cfg.delta), line=lambda: Line(cfg.delta), sqrt=Sqrt, vdm=VDM,
             mulan=lambda: MuLAN(cfg.length))[cfg.forward]()
-        self.kind = cfg.volatility
-        if self.kind == "auto":
-            self.kind = "markov" if cfg.forward in ("sqrt", "vdm", "mulan") else "learned"
+        auto = "markov" if cfg.forward in ("sqrt", "vdm", "mulan") else "learned"
+        self.kind = auto if cfg.volatility == "auto" else cfg.volatility
         if self.kind == "markov" and cfg.forward == "learned":
             raise UserError("--volatility=markov has no closed form for a learned process: use learned")
         if self.kind == "learned":
@@ -473,6 +472,8 @@ class NFDM(nn.Module):
 
     def g2(self, t):
         """Squared volatility at t [B]: [B,1,1], for a markov MuLAN [B,L,1]."""
+        if self.kind == "static":
+            return 20 * torch.sigmoid(bc(20 * t - 10))                      # official code
         return self.volatility(t) if self.kind == "learned" else self.process.markov_g2(t)
 
     def embed(self, tokens):
@@ -507,8 +508,7 @@ class NFDM(nn.Module):
         """Objective, published scale: mean over positions AND dimensions of the diffusion term, + the mean
         reconstruction times rec_weight / De, + the sampler's moment. t [B]; noise = eps, eps0, like x each.
         The published rec_weight = De counts reconstruction De times against the bound: the embeddings do not
-        shrink until the decoder knows unigrams only. PAD is diffused and scored like any token.
-        """
+        shrink until the decoder knows unigrams only. PAD is diffused and scored like any token."""
         tokens = batch["tokens"]
         x = self.embed(tokens)                                              # [B,L,De]
         eps, eps0 = (torch.randn_like(x), torch.randn_like(x)) if noise is None else noise
@@ -519,7 +519,7 @@ class NFDM(nn.Module):
         p = self.times.density(t)                                           # [B]
         # 2. diffusion and reconstruction
         d = self.diffusion(x, t, eps).mean((1, 2))                          # [B]
-        rec, nll = self.reconstruction(x, tokens, eps0, x.new_tensor(1 / tokens.numel()))
+        rec, nll = self.reconstruction(x, tokens, eps0, x.new_full((), 1 / tokens.numel()))
         # 3. importance weights. as_coded: theirs divide [B] by [B,1,1], which makes mean(d) mean(1/p), in
         # effect t ~ p uncorrected; over the GLOBAL batch. The sampler's own term comes last
         diff = (d / p.detach()).mean()
@@ -562,8 +562,7 @@ class NFDM(nn.Module):
         """Upper bound on -log P(tokens), nats per sequence [B], over all positions (PAD is a token here).
         sde: reconstruction + prior + diffusion at `n_times` stratified times t = (k + u) / K.
         ode: -log p(tokens|z_0) + log q(z_0|x) - log p_ODE(z_0) at one z_0, Runge-Kutta 4, `ode_steps` steps;
-        the divergence by `probes` Rademacher vectors, 0 = exact (L De backward passes).
-        """
+        the divergence by `probes` Rademacher vectors, 0 = exact (L De backward passes)."""
         if likelihood not in ("sde", "ode") or min(n_times, ode_steps, probes + 1) < 1:
             raise UserError("--likelihood is sde or ode, --n_times and --ode_steps at least 1, --probes 0")
         x = self.embed(tokens)
@@ -581,6 +580,9 @@ class NFDM(nn.Module):
             diff += self.diffusion(x, t, torch.randn_like(x)).sum((1, 2)) / n_times
         prior = self.process.prior(x)
         return dict(nll=rec + diff + prior, rec=rec, diff=diff, prior=prior)
+
+    def describe_nll(self, likelihood="sde", **_):
+        return "SDE bound" if likelihood == "sde" else "ODE bound (the integrator's error is not in ±)"
 
     def log_density(self, z, steps, t_min=0.0, probes=0):
         """log p_ODE(z) [B] of a latent at t_min: dz/dt = f and its divergence integrated to t = 1 by RK4."""
@@ -621,8 +623,8 @@ class NFDM(nn.Module):
         """One step from z_t to z_s, 1 >= t > s >= 0 (floats), noise like z. Returns (z_s, x_hat).
         ode: Euler on f.  sde: Euler-Maruyama on the backward drift.  marginal (DDIM family): x_hat noised to
         s with a share k of fresh noise: k = 0 deterministic, 1 (published) all fresh, which needs s only. It
-        ends in the mean at s = 0; after ode and sde the decoder handles what noise is left.
-        """
+        ends in the mean at s = 0; after ode and sde the decoder handles what noise is left. Diffusion-LM's
+        own sampler (`star`) is marginal, k = 1, that tells the net s for t: step(z, s, s, noise)."""
         time = z.new_full((1,), t)
         x_hat = self.predict(z, time, hold, clamp)
         if sampler == "marginal":
@@ -653,21 +655,19 @@ class NFDM(nn.Module):
         """Token ids [n, length]: argmax of the decoder at z_0. Options as in `step`.
         known [n,length] with known_mask (True = given) completes or infills: given positions enter as clean
         vectors at every step, the rest is drawn around them, an approximation of the model's posterior. What
-        control over the path could add (a process made for the constraint) is shown neither here nor there.
-        """
+        control over the path could add (a process made for the constraint) is not shown, here or there."""
         if sampler not in ("ode", "sde", "marginal") or not 0 <= k <= 1:
             raise UserError(f"--sampler={sampler} must be ode, sde or marginal, and --k={k} lie in 0 .. 1")
-        if not 1 <= length <= self.cfg.length or steps < 1:
-            raise UserError(f"--steps={steps} must be positive, --length={length} at most {self.cfg.length}")
+        least = self.cfg.length if self.cfg.forward == "mulan" else 1       # its gammas belong to positions
+        if not least <= length <= self.cfg.length or steps < 1:
+            raise UserError(f"--steps={steps} must be positive, --length={length} {least}..{self.cfg.length}")
         z = self.bias.new_empty(n, length, self.cfg.d_embed).normal_()
         if sampler == "sde":
             self.require_finite_volatility(torch.linspace(1 / steps, 1, steps).to(z))
         hold = None if known is None else (self.embed(known), known_mask[..., None])
-
         def decode(x):
             tokens = common.greedy(x, self.embedding.weight, self.bias)
             return tokens if known is None else torch.where(known_mask, known, tokens)
-
         path = self.trajectory(z, steps, sampler=sampler, k=k, hold=hold, clamp=clamp)
         for i, (z, x_hat) in enumerate(path, 1):
             if watch is not None:
