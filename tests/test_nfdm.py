@@ -273,6 +273,8 @@ def test_star_is_a_marginal_step_whose_net_is_told_the_next_time(prefix):
         for i in range(N - 1):
             path.append(model.step(path[-1], 1 - (i + 1) / N, 1 - (i + 1) / N, noise[i])[0])
     close(torch.stack(path), f"{prefix}/out/star_path", 1e-6)
+    tokens = common.greedy(path[-1], model.embedding.weight, model.bias)
+    assert torch.equal(tokens, G.get(f"{prefix}/out/star_tokens", tokens))
 
 
 def test_marginal_step_with_any_share_of_fresh_noise():
@@ -327,6 +329,7 @@ def test_ode_bound_is_the_sum_of_its_terms_and_close_to_the_exact_one():
     out = model.nll(tokens, likelihood="ode", ode_steps=8, probes=0)
     close(out["nll"], out["rec"] + out["log_q"] - out["log_p"])
     torch.manual_seed(1)
+    assert model.describe_nll(likelihood="ode").startswith("ODE") and model.describe_nll() == "SDE bound"
     fine = model.nll(tokens, likelihood="ode", ode_steps=16, probes=0)
     close(out["nll"], fine["nll"], 2e-3)            # RK4: halving the step changes little
 
@@ -432,10 +435,14 @@ def test_float32_run_stays_within_the_published_gap():
     x, t, eps = model.embed(tokens), t.float(), eps.float()
     path = model.process(x, t)
     z = path[0] + path[1] * eps
+    x_hat = model.predict(z, t)
+    path_hat = model.process(x_hat, t)
+    reverse = nfdm.drift((z - path_hat[0]) / path_hat[1], path_hat, model.g2(t))
     for name, value, tol in (("m", path[0], 1e-6), ("s", path[1], 1e-6), ("z", z, 1e-6),
-                             ("dm", path[2], 2e-5), ("ds", path[3], 2e-5),
-                             ("xhat", model.predict(z, t), 5e-6),
-                             ("loss_elem", model.diffusion(x, t, eps), 2e-5)):
+                             ("xhat", x_hat, 5e-6),
+                             ("dm", path[2], 2e-5), ("ds", path[3], 2e-5), ("rdm", path_hat[2], 2e-5),
+                             ("rds", path_hat[3], 2e-5), ("f_sde", nfdm.drift(eps, path, model.g2(t)), 2e-5),
+                             ("r_sde", reverse, 2e-5), ("loss_elem", model.diffusion(x, t, eps), 2e-5)):
         close(value, "full/out/" + name, tol)
         close(value, o + name, 2 * tol)             # their own float32 error on top
 
