@@ -20,8 +20,7 @@ t. One row in four is self-conditioned: it also sees the network's first estimat
 only the network.
 
 Sampling: z ~ N(0, I) at t = 1; for t -> s: x_hat = model(z, gamma_t, x_sc); z ~ q(z_s | z_t, x_hat); x_sc =
-x_hat; tokens = argmax of the logits at gamma_0. Solvers: ddpm (ancestral), ddim, dpmpp (DPM-Solver++ 2M),
-heun.
+x_hat; at the end the argmax of the logits at gamma_0. Solvers: ddpm (this one), ddim, dpmpp (2M), heun.
 
 No official code or weights exist. What the sources leave open is settled as follows:
   [R1] the timestep embedder is fed raw gamma        [R2] z and x_sc enter through two summed linear maps
@@ -30,7 +29,7 @@ No official code or weights exist. What the sources leave open is settled as fol
   [R7] EMA 0.9999 for OpenWebText, none for scaling
 # differs from the official code (of Plaid): times and reconstruction rows are permuted over the batch, and
 one row of every four is self-conditioned in place of a strided set. Expectations are the same; ranks then
-agree.
+agree. Samplers step on t = 1 - i / T; `--grid=plaid` is the official grid.
 
     python replaid.py                                            # train `tiny` on a CPU, minutes
     python replaid.py sample --steps=32 --sampler=dpmpp --watch  # text out of noise
@@ -93,10 +92,11 @@ def forward_flops(d_model, n_layer, vocab, d_embed=0):
     return 2 * (12 * n_layer * d_model ** 2 + d_model * vocab + 2 * d_embed * (vocab + d_model))
 
 
-def scaling(label, budget=1e20, vocab=32001, length=2048, batch=256):
-    """SlimPajama preset of one size for `budget` FLOP (the study's largest), 3 forward passes a step."""
+def scaling(label, vocab=32001, length=2048, batch=256):
+    """SlimPajama preset of one size for 1e20 FLOP, the study's largest budget; a step is 3 forward passes."""
     d_model, n_layer, n_head = SIZES[label]
-    steps = STEPS.get(label) or int(budget / (length * forward_flops(d_model, n_layer, vocab)) / batch / 3)
+    steps = STEPS.get(label) or int(1e20 / (length * forward_flops(d_model, n_layer, vocab)) / batch / 3)
+    # differs from the official code: the warm-up starts at a rate of 0, one step behind theirs
     return dict(data="slimpajama", vocab=vocab, length=length, d_model=d_model, n_layer=n_layer,
                 n_head=n_head, cond_dim=128, batch=batch, steps=steps, lr=2e-4, min_lr=0.1,
                 lr_schedule="cosine", warmup=max(steps // 100, 100), beta2=0.95, weight_decay=0.1, ema=0.0)
@@ -115,7 +115,6 @@ PRESETS = {
 
 
 # --- 2. noise schedule and embeddings --------------------------------------------------------------
-
 
 def alpha_sigma(gamma):
     """Signal and noise scale of gamma = -log SNR: alpha^2 = sigmoid(-gamma), sigma^2 = sigmoid(gamma)."""
@@ -150,7 +149,7 @@ class GammaBounds(nn.Module):
 
     def __init__(self, gamma_0, gamma_1):
         super().__init__()
-        self.gamma_0, self.gamma_1 = nn.Parameter(torch.tensor(gamma_0)), nn.Parameter(torch.tensor(gamma_1))
+        self.gamma_0, self.gamma_1 = (nn.Parameter(torch.tensor(float(g))) for g in (gamma_0, gamma_1))
 
     def forward(self):
         return self.gamma_0.double(), self.gamma_1.double()
@@ -169,7 +168,6 @@ class EmbeddingMatrix(nn.Module):
 
 
 # --- 3. how the rows of a batch are used -----------------------------------------------------------
-
 
 def reconstruction_rows(stats, n):
     """Neyman allocation: how many of n rows estimate the reconstruction (0-d float64, whole, in [1, n - 1]).
@@ -190,8 +188,7 @@ def update_stats(stats, means):
 def diffusion_times(u, r, n):
     """Times from stratified uniforms u of n global rows: the r lowest become t = 0, the rest fill (0, 1).
 
-    One u lies in each stratum [k/n, (k+1)/n): exactly r have u n < r, and (u n - r) / (n - r) is stratified
-    again.
+    One u lies in each stratum [k/n, (k+1)/n): exactly r have u n < r, and (u n - r) / (n - r) is stratified.
     """
     return ((u * n - r) / (n - r)).clamp(min=0)
 
@@ -202,7 +199,6 @@ def bias_scale(step, ramp):
 
 
 # --- 4. terms of the bound -------------------------------------------------------------------------
-
 
 def prior_kl(x, gamma_1):
     """KL(N(alpha_1 x, sigma_1^2 I) || N(0, I)) of x [B, L, De], gamma_1 [B]: [B, L] nats, summed over De."""
@@ -220,8 +216,7 @@ def split_bound(recon, diff, prior, is_recon, n_recon):
     """Official evaluation estimator (nats per token): a batch split into reconstruction and diffusion rows.
 
     recon, diff, prior [B] per-row means. n_recon is the EXPECTED number of reconstruction rows, B / 8; the
-    actual one is B // 8 + Bernoulli((B mod 8) / 8), which makes it unbiased. `nll` below scores every row on
-    every term instead.
+    actual one is B // 8 + Bernoulli((B mod 8) / 8), so it is unbiased. `nll` scores all rows on all terms.
     """
     n_diff = recon.shape[0] - n_recon
     return torch.where(is_recon, recon / n_recon, diff / n_diff).sum() + prior.mean()
@@ -301,18 +296,17 @@ def elbo_head(u, W, b, zb, E, x, w_mse, w_ce, targets, live, chunk=ElboChunk()):
 
 # --- 5. solver steps and guidance ------------------------------------------------------------------
 
-
 def time_grid(steps, grid="uniform"):
     """Times t_i of the network calls and s_i of the updates' targets, float64 [T] each.
 
     uniform: t_i = 1 - i / T, s_i = t_{i+1}. plaid: the official t = linspace(1, 0, T) with s = t - 1 / T, so
-    that z is one notch, 1 / (T (T - 1)), off the next t; its last step, from t = 0, moves nothing.
+    that z is one notch, 1 / (T (T - 1)), off the next t; the last step, from t = 0, moves nothing.
     """
     if grid == "uniform":
         t = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
         return t[:-1], t[1:]
     t = torch.linspace(1, 0, steps, dtype=torch.float64)
-    return t, torch.cat([t[:-1] - 1 / steps, t[-1:]])
+    return t, torch.where(t > 0, t - 1 / steps, t)
 
 
 def ddpm_step(z, x, gamma_t, gamma_s, eps):
@@ -351,43 +345,46 @@ def temper(x_hat, z, gamma, tau):
     return x_hat / tau + (1 - 1 / tau) * z / alpha_sigma(gamma)[0]
 
 
-def parse_guide(guide):
-    """Token guidance "token:weight:where[:not],...", where = a position, any or all; a list passes through.
+def parse_guide(guide, vocab, length):
+    """Rows (token, weight, where, complement) of a comma-separated guide.
 
-    "7:3:any,9:10:all:not" asks for token 7 somewhere and token 9 nowhere. Rows: (token, weight, where, not).
+    Each item is token:weight:where[:not] with where = a position, any or all: "7:3:any,9:10:all:not" asks for
+    token 7 somewhere and token 9 nowhere.
     """
-    rows = [] if isinstance(guide, str) else guide
-    for item in filter(None, guide.split(",") if isinstance(guide, str) else ()):
+    rows = []
+    for item in guide.split(",") if guide else ():
         try:
             token, weight, where, *flag = item.split(":")
-            row = int(token), float(weight), where if where in ("any", "all") else int(where), bool(flag)
-        except ValueError:
-            row, flag = None, ["not"]
-        if row is None or flag not in ([], ["not"]):
-            raise data.UserError(f"guide={guide}: not token:weight:where[:not]; where: a position, any, all")
-        rows.append(row)
+            where = where if where in ("any", "all") else range(length)[int(where)]     # IndexError outside
+            complement = {"": False, "not": True}[":".join(flag)]
+            rows.append((range(vocab)[int(token)], float(weight), where, complement))
+        except (ValueError, IndexError, KeyError):
+            raise data.UserError(f"guide={item}: not token:weight:where[:not] with a token below {vocab} and "
+                                 f"where = any, all or a position below {length}")
     return rows
 
 
 def guide_score(logits, guides):
-    """Sum over batch and guides of weight * log-probability (official Plaid code).
+    """Sum over batch and guides of weight * log-probability; logits [n, L, V] (official Plaid code).
 
-    `any` is logsumexp over positions minus L, as in the official code, where log L was meant; only `not` can
-    tell.
+    `any` is logsumexp over positions minus L, where log L was meant; only its complement can tell.
     """
-    lp, total = logits.log_softmax(-1), 0
+    lse, total = logits.logsumexp(-1), 0
     for token, weight, where, complement in guides:
-        v = lp[:, :, token] if where in ("any", "all") else lp[:, where, token]
+        wanted = logits[:, :, token]
+        if complement and where != "any":       # log(1 - p) from the other tokens: finite where p rounds to 1
+            wanted = torch.cat([logits[:, :, :token], logits[:, :, token + 1:]], -1).logsumexp(-1)
+        v = wanted - lse                                                        # [n, L]
         if where == "any":
-            v = v.logsumexp(-1) - lp.shape[1]
-        if complement:              # log(1 - exp(v)) by the branch that keeps its digits, switching at log 2
-            v = torch.where(v > -0.693, torch.log(-torch.expm1(v)), torch.log1p(-torch.exp(v)))
+            v = v.logsumexp(-1) - v.shape[1]
+            v = torch.log1p(-v.exp()) if complement else v
+        elif where != "all":
+            v = v[:, where]
         total = total + weight * v.sum()
     return total
 
 
 # --- 6. diagnostics --------------------------------------------------------------------------------
-
 
 def variation(values):
     """Coefficient of variation: standard deviation / mean."""
@@ -409,7 +406,6 @@ def components(E, share=0.9):
 
 # --- 7. model --------------------------------------------------------------------------------------
 
-
 class Denoiser(common.DiT):
     """The MDLM / Duo backbone behind two [De -> D] input maps [R2]; there is no [V, D] input table."""
 
@@ -429,6 +425,7 @@ class Denoiser(common.DiT):
 
 
 class RePlaid(nn.Module):
+    """The paper's four learned parts: network, embedding, schedule shape and its two ends."""
     log_keys = ("recon", "diffusion", "gamma_0", "gamma_1")
 
     def __init__(self, cfg):
@@ -446,6 +443,9 @@ class RePlaid(nn.Module):
         self.embedding_matrix = EmbeddingMatrix(cfg.vocab, cfg.d_embed)
         self.noise_schedule = NoiseSchedule(cfg.schedule_width)
         self.gamma_bounds, self.chunk = GammaBounds(cfg.gamma_0, cfg.gamma_1), ElboChunk()
+        for group in self.param_groups():       # rate 0: frozen, and out of the clipped norm
+            for p in group["params"]:
+                p.requires_grad_(group["lr"] > 0)
         zeros = torch.zeros(5, dtype=torch.float64)
         self.register_buffer("updates", zeros[0].clone())                       # steps taken, for the ramp
         self.register_buffer("row_stats", zeros + STATS_INIT)                   # see reconstruction_rows
@@ -472,20 +472,20 @@ class RePlaid(nn.Module):
         return gamma_0 + (gamma_1 - gamma_0) * g, (gamma_1 - gamma_0) * g_dot
 
     def features(self, z, gamma, x_sc, scale=1.0):
-        """Queries of the head: u [B, L, D] and, for the output prior, zb = scale (alpha / sigma^2) z."""
+        """What the head takes: u [B, L, D], W [V, D], b [V], zb = scale (alpha / sigma^2) z [B, L, De]."""
         alpha, sigma = alpha_sigma(gamma)
         coeff = self.cfg.output_prior * scale * alpha / sigma ** 2
-        return self.model(z, gamma, x_sc), bc(coeff).to(z.dtype) * z
+        head = self.model.output_layer.linear
+        return self.model(z, gamma, x_sc), head.weight, head.bias, bc(coeff).to(z.dtype) * z
 
     def predict(self, z, gamma, x_sc, E, scale=1.0):
         """x_hat [B, L, De]."""
-        u, zb = self.features(z, gamma, x_sc, scale)
-        head = self.model.output_layer.linear
-        return common.expected_embedding(u, head.weight, head.bias, E, skip=zb, E=E)[0]
+        u, W, b, zb = self.features(z, gamma, x_sc, scale)
+        return common.expected_embedding(u, W, b, E, skip=zb, E=E)[0]
 
     # --- 8. loss -----------------------------------------------------------------------------------
 
-    def self_conditioned(self, rows, B, device):
+    def sc_rows(self, rows, B, device):
         """Mask [B] of the self-conditioned rows and their indices, whose number is fixed."""
         every = self.cfg.self_cond_every
         if not every:
@@ -517,10 +517,9 @@ class RePlaid(nn.Module):
             t = diffusion_times(rows.uniform(device=device), r, n)
         else:
             r = (t == 0).sum() * (n / B)
-        is_recon, n_recon, n_diff = t == 0, r * (B / n), (n - r) * (B / n)      # normalisers of a chunk
-        sc, index = coins, None if coins is None else coins.nonzero()[:, 0]
-        if coins is None:
-            sc, index = self.self_conditioned(rows, B, device)
+        is_recon = t == 0
+        n_recon, n_diff = (k.clamp(min=1) * (B / n) for k in (r, n - r))        # normalisers of a chunk
+        sc, index = self.sc_rows(rows, B, device) if coins is None else (coins, coins.nonzero()[:, 0])
 
         # 2. schedule: self-conditioned rows teach neither its shape nor its ends
         gamma_0, gamma_1 = self.gamma_bounds()
@@ -544,9 +543,7 @@ class RePlaid(nn.Module):
         # 5. every row carries both weights, so that r changes numbers and never shapes
         w_mse = torch.where(is_recon, 0, diffusion_weight(gamma, gamma_dot)) / per_row      # [B]
         w_ce = is_recon.double() / per_row
-        u, zb = self.features(z, gamma, x_sc, scale)
-        head = self.model.output_layer.linear
-        terms, sq, ce = elbo_head(u, head.weight, head.bias, zb, E, x, w_mse / n_diff, w_ce / n_recon,
+        terms, sq, ce = elbo_head(*self.features(z, gamma, x_sc, scale), E, x, w_mse / n_diff, w_ce / n_recon,
                                   tokens, ~sc, self.chunk)
         prior = prior_kl(x, end).sum() / (B * per_row)
         diff, recon = w_mse.detach() * sq.double().sum(1), w_ce * ce.double().sum(1)    # [B], 0 on other rows
@@ -573,7 +570,7 @@ class RePlaid(nn.Module):
 
     # --- 9. likelihood -----------------------------------------------------------------------------
 
-    def score(self, tokens, t, E, eps=None):
+    def losses_at(self, tokens, t, E, eps=None):
         """Diffusion loss and cross-entropy at times t [B], each [B] in nats per sequence, float64.
 
         Two passes: every row is self-conditioned, as in the published bound. x_sc is a function of (z_t,
@@ -586,9 +583,8 @@ class RePlaid(nn.Module):
         x_sc = torch.zeros_like(z)
         if self.cfg.self_cond_every:
             x_sc = self.predict(z, gamma, x_sc, E)
-        u, zb = self.features(z, gamma, x_sc)
-        head, zeros = self.model.output_layer.linear, torch.zeros_like(t)
-        _, sq, ce = elbo_head(u, head.weight, head.bias, zb, E, x, zeros, zeros, tokens, zeros, self.chunk)
+        query, zeros = self.features(z, gamma, x_sc), torch.zeros_like(t)
+        _, sq, ce = elbo_head(*query, E, x, zeros, zeros, tokens, zeros, self.chunk)
         return diffusion_weight(gamma, gamma_dot) * sq.double().sum(1), ce.double().sum(1)
 
     @torch.no_grad()
@@ -597,13 +593,15 @@ class RePlaid(nn.Module):
 
         t [K, B] and noise [K + 1, B, L, De] (the reconstruction's first) may be given.
         """
+        if times < 1:
+            raise data.UserError(f"times={times}: must be at least 1")
         B, E = tokens.shape[0], self.embedding_matrix()
         if t is None:               # stratified within a row and over the rows
             u = common.Rows.default(B).uniform(device=tokens.device)
             t = torch.stack([(k + u) / times for k in range(times)])
         eps = [None] * (len(t) + 1) if noise is None else noise
-        recon = self.score(tokens, torch.zeros_like(t[0]), E, eps[0])[1]
-        diff = sum(self.score(tokens, t_k, E, eps_k)[0] for t_k, eps_k in zip(t, eps[1:])) / len(t)
+        recon = self.losses_at(tokens, torch.zeros_like(t[0]), E, eps[0])[1]
+        diff = sum(self.losses_at(tokens, t_k, E, eps_k)[0] for t_k, eps_k in zip(t, eps[1:])) / len(t)
         prior = prior_kl(E[tokens], self.gamma_bounds()[1].expand(B)).sum(1)
         return dict(nll=recon + diff + prior, recon=recon, diffusion=diff, prior=prior)
 
@@ -613,7 +611,7 @@ class RePlaid(nn.Module):
         E, total = self.embedding_matrix(), torch.zeros(3, 10, dtype=torch.float64, device=tokens.device)
         for chunk in tokens.split(self.cfg.batch // self.cfg.accum) * rounds:
             t = common.Rows.default(len(chunk)).uniform(device=tokens.device)
-            diff, ce = self.score(chunk, t, E)
+            diff, ce = self.losses_at(chunk, t, E)
             count = torch.full_like(ce, tokens.shape[1])
             total.index_add_(1, (10 * t).long(), torch.stack([diff, ce, count]))
         return total[:2] / total[2]
@@ -648,9 +646,9 @@ class RePlaid(nn.Module):
         if guides:
             alpha, sigma = alpha_sigma(gamma)
             with torch.enable_grad():
-                z_in, head = z.detach().requires_grad_(), self.model.output_layer.linear
-                u, zb = self.features(z_in.to(E.dtype), gammas, x_sc.to(E.dtype))
-                logits = F.linear(u.to(E.dtype), head.weight, head.bias) + zb @ E.T     # [n, L, V]
+                z_in = z.detach().requires_grad_()
+                u, W, b, zb = self.features(z_in.to(E.dtype), gammas, x_sc.to(E.dtype))
+                logits = F.linear(u.to(E.dtype), W, b) + zb @ E.T                       # [n, L, V]
                 x = x + torch.autograd.grad(guide_score(logits, guides), z_in)[0] * sigma ** 2 / alpha
         if held is not None:
             x, x_hat = (torch.where(held[1], held[0], v) for v in (x, x_hat))
@@ -666,11 +664,13 @@ class RePlaid(nn.Module):
         """
         if sampler not in ("ddpm", "ddim", "dpmpp", "heun") or grid not in ("uniform", "plaid"):
             raise data.UserError(f"sampler={sampler} grid={grid}: ddpm, ddim, dpmpp, heun; uniform, plaid")
-        E, guides, held, last = self.embedding_matrix(), parse_guide(guide), None, None
-        device, size = E.device, (n, length, E.shape[1])
+        if tau <= 0:
+            raise data.UserError(f"tau={tau}: the score temperature must be above 0")
+        E, guides = self.embedding_matrix(), parse_guide(guide, self.cfg.vocab, length)
+        device, size, held, last = E.device, (n, length, E.shape[1]), None, None
         gamma_t, gamma_s = (self.schedule(t.to(device))[0] for t in time_grid(steps, grid))
-        fresh = (torch.randn(size, device=device).double() for _ in range(steps + 1))
-        eps = iter(fresh if noise is None else noise)
+        fresh = (torch.randn(size, device=device) for _ in range(steps + 1))
+        eps = (v.double() for v in (fresh if noise is None else noise))         # the state is float64
         z, x_sc = next(eps), torch.zeros(size, dtype=torch.float64, device=device)
         if known is not None:
             held = E[known].double(), known_mask[..., None]
@@ -689,9 +689,8 @@ class RePlaid(nn.Module):
                 z = heun_step(z, x, x2, g_t, g_s)
             if watch is not None:
                 watch(i, (x_sc.to(E.dtype) @ E.T).argmax(-1))               # nearest to the estimate
-        u, zb = self.features(z.to(E.dtype), self.gamma_bounds()[0].expand(n), x_sc.to(E.dtype))
-        head = self.model.output_layer.linear
-        tokens = common.greedy(u, head.weight, head.bias, skip=zb, E=E)
+        u, W, b, zb = self.features(z.to(E.dtype), self.gamma_bounds()[0].expand(n), x_sc.to(E.dtype))
+        tokens = common.greedy(u, W, b, skip=zb, E=E)
         return tokens if known is None else torch.where(known_mask, known, tokens)
 
 

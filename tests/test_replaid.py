@@ -32,12 +32,12 @@ def build(**keys):
     return exact(model)
 
 
-def exact(model):
-    """float64 throughout, rotary tables included (as buffers they hold float32 angles)."""
+def exact(model, shift=0):
+    """float64 throughout, rotary tables (buffers of float32 angles) included, from position `shift` on."""
     model.double()
     if isinstance(model.model, common.DiT):
-        d = model.model.cos.shape[1]
-        angle = torch.arange(len(model.model.cos))[:, None] * 10000.0 ** (-torch.arange(d).double() / d)
+        L, d = model.model.cos.shape
+        angle = (shift + torch.arange(L))[:, None] * 10000.0 ** (-torch.arange(d).double() / d)
         model.model.cos, model.model.sin = angle.cos(), angle.sin()
     return model
 
@@ -95,8 +95,9 @@ def load(prefix, dtype=torch.float64):
     """RePlaid with the golden weights; dims are read off the arrays (heads and length are not in them)."""
     w = part(f"{prefix}/w/")
     V, De = w["embedding_matrix.matrix"].shape
+    length = max(v.shape[1] for k, v in G.items() if k.startswith(prefix) and k.endswith(("/x", "/z_init")))
     keys = dict(vocab=V, d_embed=De, schedule_width=len(w["noise_schedule.b1"]), n_head=2, batch=8,
-                length=G[f"{prefix}/in/x"].shape[1], d_model=w["model.input_linear.weight"].shape[0])
+                length=length, d_model=w["model.input_linear.weight"].shape[0])
     if prefix == "replaid":
         n_layer = 1 + max(int(k.split(".")[2]) for k in w if k.startswith("model.blocks."))
         model = RePlaid(Config(n_layer=n_layer, cond_dim=w["model.sigma_map.mlp.0.bias"].numel(), **keys))
@@ -140,6 +141,18 @@ def test_embedding_norm_and_gradient():
     torch.testing.assert_close(E.matrix.grad, g["grad_matrix"], rtol=0, atol=1e-12)
 
 
+def test_learning_rates_of_both_protocols():
+    """Plaid: warm-up, then linear to 0. Scaling study: cosine, with a warm-up one step ahead of ours."""
+    g, (base, low, steps, warmup) = part("lr/"), G["lr/cosine/args"].tolist()
+    cfg = Config(lr_schedule="linear", steps=int(g["plaid/steps"]), warmup=int(g["plaid/warmup"]))
+    ours = torch.tensor([common.lr_factor(cfg, i) for i in range(cfg.steps)])
+    torch.testing.assert_close(ours[10:], g["plaid/factor"][10:].float())   # the first 10 are held at 0 there
+    cfg = Config(lr_schedule="cosine", steps=int(steps), warmup=int(warmup), min_lr=low / base)
+    ours = torch.tensor([base * common.lr_factor(cfg, i) for i in range(cfg.steps)]).double()
+    want, w = g["cosine/lr"], cfg.warmup
+    torch.testing.assert_close(torch.cat([ours[1:w], ours[w:]]), torch.cat([want[:w - 1], want[w:]]))
+
+
 def test_reconstruction_row_allocation():
     g = part("rbs/")
     stats, n = torch.full((5,), replaid.STATS_INIT, dtype=torch.float64), g["reconst_loss"].shape[1]
@@ -180,9 +193,8 @@ def spy(model, monkeypatch):
 
 def check_network_output(model, call, g):
     """logits (where recorded) and x_hat of one network call."""
-    E, head = model.embedding_matrix(), model.model.output_layer.linear
-    u, zb = model.features(*call)
-    logits = F.linear(u, head.weight, head.bias) + zb @ E.T
+    E, (u, W, b, zb) = model.embedding_matrix(), model.features(*call)
+    logits = F.linear(u, W, b) + zb @ E.T
     torch.testing.assert_close(logits, g.get("logits", logits.detach()), **TIGHT)
     torch.testing.assert_close(logits.softmax(-1) @ E, g["x_reconst"], **TIGHT)
     torch.testing.assert_close(E, g.get("embedding_matrix", E.detach()), **TIGHT)
@@ -240,7 +252,7 @@ def test_evaluation_split(prefix, monkeypatch):
     torch.testing.assert_close(t, g["t"], **TIGHT)
     calls, _ = spy(model, monkeypatch)
     with torch.no_grad():
-        diff, recon = (v / L for v in model.score(a["x"], t, E, a["noise"]))
+        diff, recon = (v / L for v in model.losses_at(a["x"], t, E, a["noise"]))
         prior = replaid.prior_kl(E[a["x"]], model.gamma_bounds()[1].expand(B)).mean(1)
     torch.testing.assert_close(recon[:r], g["reconst_loss"].view(-1), **TIGHT)
     torch.testing.assert_close(diff[r:], g["diffusion_loss"][r:], **TIGHT)
@@ -272,11 +284,11 @@ def test_official_sampler_trajectories(name):
     if "step_noise" in a:
         noise[1:T] = a["step_noise"]
     where = {-1: "any", -2: "all"}
-    guides = [(int(v), w, where.get(int(p), int(p)), bool(c))
-              for v, w, p, c in a.get("guidance", torch.zeros(0, 4)).tolist()]
+    guide = ",".join(f"{int(v)}:{w}:{where.get(int(p), int(p))}" + (":not" if c else "")
+                     for v, w, p, c in a.get("guidance", torch.zeros(0, 4)).tolist())
     calls = record(model)
     tokens = model.sample(*z.shape[:2], T, sampler="ddim" if a["ddim"] else "ddpm", grid="plaid",
-                          guide=guides, tau=a["score_temp"].item(), noise=noise)
+                          guide=guide, tau=a["score_temp"].item(), noise=noise)
     for k, key in enumerate(("z", "gamma", "x_selfcond", "x_reconst")):
         torch.testing.assert_close(torch.stack([c[k] for c in calls]), g[key][:T], **TIGHT)
     assert torch.equal(tokens, g["tokens"])
@@ -298,9 +310,8 @@ def test_solver_trajectories_on_the_composed_model(sampler):
     gamma = torch.stack([c[1][0] for c in calls[::per]])
     torch.testing.assert_close(gamma, G["replaid_solvers/gamma"][:T], **TIGHT)
     assert torch.equal(tokens, g["tokens"])
-    E, head = model.embedding_matrix(), model.model.output_layer.linear
-    u, zb = features(last["z"], model.gamma_bounds()[0].expand(len(z)), calls[-1][3])
-    torch.testing.assert_close(F.linear(u, head.weight, head.bias) + zb @ E.T, g["logits_last"], **TIGHT)
+    u, W, b, zb = features(last["z"], model.gamma_bounds()[0].expand(len(z)), calls[-1][3])
+    torch.testing.assert_close(F.linear(u, W, b) + zb @ model.embedding_matrix().T, g["logits_last"], **TIGHT)
 
 
 def test_solver_steps_on_the_one_token_oracle():
@@ -381,11 +392,10 @@ def test_official_head_gradient_through_the_whole_network():
     """grad/z of the same arrays: through std, the transformer, the prior logits and the x_hat."""
     g, a, model = part("head/out/"), part("head/in/"), load("plaid")
     z = a["z"].clone().requires_grad_()
-    u, zb = model.features(z, a["gamma"], a["x_selfcond"], a["bias_scale"])
+    u, W, b, zb = model.features(z, a["gamma"], a["x_selfcond"], a["bias_scale"])
     torch.testing.assert_close(u, model.model.readout(a["h_before_norm"]), **TIGHT)
-    head = model.model.output_layer.linear
-    x_hat, _ = common.expected_embedding(u, head.weight, head.bias, g["E"], skip=zb, E=g["E"])
-    logits = F.linear(u, head.weight, head.bias) + zb @ g["E"].T
+    x_hat, _ = common.expected_embedding(u, W, b, g["E"], skip=zb, E=g["E"])
+    logits = F.linear(u, W, b) + zb @ g["E"].T
     ((x_hat * a["upstream_xhat"]).sum() + (logits * a["upstream_logits"]).sum()).backward()
     torch.testing.assert_close(z.grad, g["grad/z"], rtol=1e-10, atol=1e-10)
 
@@ -426,12 +436,49 @@ def test_cross_entropy_and_mmse_of_the_exact_posterior():
         alpha, sigma = replaid.alpha_sigma(gammas[i])
         z = alpha * x + sigma * eps.repeat(V, 1)[:, None]
         with torch.no_grad():
-            u, zb = model.features(z, gamma, torch.zeros_like(z))
-            head = model.model.output_layer.linear
-            _, sq, ce = replaid.elbo_head(u, head.weight, head.bias, zb, E, x, keep, keep, tokens, keep)
+            query = model.features(z, gamma, torch.zeros_like(z))
+            _, sq, ce = replaid.elbo_head(*query, E, x, keep, keep, tokens, keep)
         both = pi.repeat_interleave(len(eps)) * w.repeat(V)
         torch.testing.assert_close((both * ce[:, 0]).sum(), G["theory/CE"][i], rtol=0, atol=1e-8)
         torch.testing.assert_close((both * sq[:, 0]).sum(), G["theory/mmse"][i], rtol=0, atol=1e-8)
+
+
+def test_joint_entropy_is_linear_in_t_and_total_correlation_grows():
+    """Two correlated tokens, exact denoiser, trapezoids over the noise.
+
+    Under the flat schedule H(x | z_t) is a line, from which the cross-entropy departs by total correlation
+    alone; under linear gamma it bends.
+    """
+    E, p = torch.tensor([[1.0], [-1.0]]).double(), torch.tensor([[0.4, 0.1], [0.2, 0.3]]).double()
+    side, gammas = torch.linspace(-6.5, 6.5, 91).double(), torch.linspace(-2, 6, 33).double()
+    eps = torch.cartesian_prod(side, side)                                                  # [Q, 2]
+    w, weight = torch.exp(-eps.square().sum(-1) / 2), replaid.diffusion_weight(gammas, 1.0)
+    tokens = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat_interleave(len(eps), 0)  # [N, 2]
+    x, both = E[tokens], p[tokens[:, 0], tokens[:, 1]] * w.repeat(4) / w.sum()
+    zero, entropy, ce, mmse = torch.zeros(len(tokens)).double(), [], [], []
+    for gamma in gammas:
+        alpha, sigma = replaid.alpha_sigma(gamma)
+        z = alpha * x + sigma * eps.repeat(4, 1)[:, :, None]
+        zb = alpha / sigma ** 2 * z                                                         # [N, 2, 1]
+        log_q = zb @ E.T                                # log q(z_l | v) up to a constant: [N, 2, 2]
+        joint = (log_q[:, 0, :, None] + log_q[:, 1, None, :] + p.log()).flatten(1).log_softmax(-1)
+        entropy.append(-(both * joint.gather(1, tokens[:, :1] * 2 + tokens[:, 1:])[:, 0]).sum())
+        # what the network has to supply besides the output prior: the other token's message
+        u = torch.stack([(log_q[:, 1, None] + p.log()).logsumexp(-1),
+                         (log_q[:, 0, None] + p.T.log()).logsumexp(-1)], 1)
+        _, sq, nll = replaid.elbo_head(u, torch.eye(2).double(), zero[:2], zb, E, x, zero, zero, tokens, zero)
+        ce.append((both * nll.sum(1)).sum())
+        mmse.append((both * sq.sum(1)).sum())
+    entropy, ce, loss = torch.stack(entropy), torch.stack(ce), weight * torch.stack(mmse)   # at each gamma
+    pairs = (loss[:-2:2] + 4 * loss[1::2] + loss[2::2]) / 3                                 # Simpson
+    t_star = torch.cat([torch.zeros(1), pairs.cumsum(0) / pairs.sum()])     # at every other gamma
+    H, total = entropy[::2], (ce - entropy)[::2]
+    # Simpson's own error
+    torch.testing.assert_close((H - H[0]) / (H[-1] - H[0]), t_star, rtol=0, atol=5e-5)
+    assert total[0] > 0 and (total.diff() > 0).all()
+    even = np.interp(np.linspace(0, 1, 33), t_star, ce[::2])
+    fits = [replaid.r_squared(v) for v in (torch.from_numpy(even), ce)]
+    assert fits[0] > 0.99 > 0.95 > fits[1], fits
 
 
 def test_bound_of_the_exact_posterior_is_entropy_plus_end_divergence():
@@ -624,6 +671,15 @@ def test_self_conditioning_changes_nothing_while_its_map_is_zero():
     torch.testing.assert_close(*losses, rtol=1e-14, atol=0)
 
 
+def test_shifting_all_positions_changes_nothing():
+    model = build(length=7)
+    (z, x_sc), gamma = torch.randn(2, 3, 7, 4).double(), torch.rand(3).double()
+    here, there = model.model(z, gamma, x_sc), exact(model, shift=50).model(z, gamma, x_sc)
+    torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-12)
+    model.model.cos, model.model.sin = model.model.cos.flip(0), model.model.sin.flip(0)     # reversed order
+    assert (model.model(z, gamma, x_sc) - there).abs().max() > 1e-3
+
+
 def test_rows_of_a_batch_are_independent():
     """Another text and noise in row 2 (self-conditioned) and row 5 leaves every other row's terms alone."""
     model = build()
@@ -762,7 +818,11 @@ def test_guidance_raises_the_probability_it_is_asked_to_raise():
     torch.testing.assert_close(replaid.guide_score(logits, [(5, 2.0, "any", False), (5, 3.0, "any", True)]),
                                (2 * any_5 + 3 * torch.log(1 - any_5.exp())).sum())
     rows = [(7, 3.0, "any", False), (9, 10.0, "all", True), (1, 2.0, 0, False)]
-    assert replaid.parse_guide("7:3:any,9:10:all:not,1:2:0") == rows
+    assert replaid.parse_guide("7:3:any,9:10:all:not,1:2:0", 11, 6) == rows
+    sure = torch.full((1, 1, 11), -60.0, requires_grad=True)                # p = 1 - 1e-25 rounds to 1
+    value = replaid.guide_score(sure + 60 * torch.eye(11)[5], [(5, 1.0, "all", True)])
+    assert abs(value.item() - (math.log(10) - 60)) < 1e-4
+    torch.testing.assert_close(torch.autograd.grad(value, sure)[0][0, 0, 5], torch.tensor(-1.0))
 
 
 def test_parameter_counts_flops_and_steps_are_the_published_ones():
@@ -803,10 +863,14 @@ def test_bad_input_is_one_clear_line():
     model = build(batch=12)
     with pytest.raises(data.UserError, match="6 rows per rank and micro-step"):
         model.loss(dict(tokens=torch.zeros(6, 6, dtype=torch.int64)))
+    with pytest.raises(data.UserError, match="times=0"):
+        model.nll(torch.zeros(2, 6, dtype=torch.int64), times=0)
+    with pytest.raises(data.UserError, match="tau=0"):
+        model.sample(1, 6, 2, tau=0)
     for keys in (dict(sampler="euler"), dict(grid="cosine")):
         with pytest.raises(data.UserError, match="ddpm, ddim, dpmpp, heun"):
             model.sample(1, 6, 2, **keys)
-    for guide in ("5", "5:x:all", "5:1:some", "5:1:all:maybe", "5:1:all:not:not"):
+    for guide in ("5", "5:x:all", "5:1:some", "5:1:all:maybe", "5:1:all:not:not", "11:1:all", "5:1:6"):
         with pytest.raises(data.UserError, match="token:weight:where"):
             model.sample(1, 6, 2, guide=guide)
 
@@ -817,6 +881,25 @@ def test_padding_is_modelled_and_the_bound_divided_by_real_tokens():
     mask = torch.arange(6).expand(8, 6) < 3
     whole, half = model.loss(batch, **d)[0], model.loss({**batch, "mask": mask}, **d)[0]
     torch.testing.assert_close(half, 2 * whole, rtol=1e-12, atol=0)
+
+
+def test_given_times_may_all_be_of_one_kind():
+    """A term without rows is left out (0 / 0 made the loss nan); the other is a mean over all rows."""
+    model = build()
+    batch, d = draws(model)
+    for t, present, absent in ((torch.full((8,), 0.5).double(), "diffusion", "recon"),
+                               (torch.zeros(8).double(), "recon", "diffusion")):
+        loss, m = model.loss(batch, **{**d, "t": t})
+        assert m[absent] == 0 and m[present] > 0
+        torch.testing.assert_close(loss, m[present] + m["prior"])
+        terms = dict(zip(("diffusion", "recon"), plain_terms(model, batch, t, d["noise"], d["coins"])[1::-1]))
+        torch.testing.assert_close(m[present], terms[present].mean())
+
+
+def test_a_rate_of_zero_freezes():
+    model = build(lr_embed=0.0, lr_shape=0.0, lr_bounds=0.0)
+    model.loss(draws(model)[0])[0].backward()
+    assert all((p.grad is not None) == n.startswith("model.") for n, p in model.named_parameters())
 
 
 def test_length_one():
