@@ -1,12 +1,15 @@
-"""What the five papers share and nothing any one of them owns: the DiT backbone, the two vocabulary-sized heads, draws that are
-functions of the global batch, Muon, and the training loop with its checkpoints, command line, evaluation and benchmark.
+"""What the five papers share and nothing any one of them owns: the DiT backbone, the two vocabulary-sized heads,
+draws that are functions of the global batch, Muon, and the training loop with its checkpoints, command line,
+evaluation and benchmark.
 
     1 configuration   2 attention, blocks, DiT   3 vocabulary heads   4 global-batch draws   5 optimisers
     6 command line    7 ranks, seeds, files      8 checkpoints        9 training loop       10 sample, eval, bench
 
-A paper file subclasses `Config`, defines one nn.Module with `loss`, `sample` and (where the paper has one) `nll`, and ends with
-`common.main(Paper, Config, PRESETS)`. None of the mathematics of a paper is in this file; no file handling is in a paper's.
+A paper file subclasses `Config`, defines one nn.Module with `loss`, `sample` and (where the paper has one) `nll`, and
+ends with `common.main(Paper, Config, PRESETS)`. None of a paper's mathematics is here; no file handling is there.
 """
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -21,12 +24,10 @@ import math
 import os
 import pathlib
 import pickle
-import queue
 import re
 import resource
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
@@ -120,8 +121,8 @@ def rope(x, cos, sin):
 def attention(q, k, v, softcap=0.0, causal=False, explicit=False):
     """softmax(q k^T / sqrt(d)) v for [B, H, L, d]; `softcap` s squashes the scores to s tanh(score / s) (FLM).
 
-    SDPA where it can serve. `explicit` writes the scores out: SDPA's kernels have no forward-mode derivative, so
-    torch.func.jvp needs this path. A soft-cap is FlexAttention on CUDA (fused once compiled) and explicit elsewhere.
+    `explicit` writes the scores out: torch.func.jvp needs it, SDPA's kernels having no forward-mode derivative.
+    A soft-cap is FlexAttention on CUDA (fused once compiled), explicit elsewhere.
     """
     if not softcap and not explicit:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -145,6 +146,13 @@ class LayerNorm(nn.Module):
 
     def forward(self, x):
         return F.layer_norm(x, self.weight.shape, self.weight, None, 1e-5)
+
+def zero_linear(n_in, n_out, bias=True):
+    """A linear layer that starts at zero. It draws like any other: seeds give the same weights around it."""
+    linear = nn.Linear(n_in, n_out, bias)
+    for p in linear.parameters():
+        nn.init.zeros_(p)
+    return linear
 
 class TimestepEmbedder(nn.Module):
     """MLP(sinusoid(t)): [B] -> [B, C]. The time enters raw, without the factor 1000 of image models."""
@@ -170,9 +178,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(d_model)
         self.mlp = nn.Sequential(nn.Linear(d_model, mlp_ratio * d_model), nn.GELU(approximate="tanh"),
                                  nn.Linear(mlp_ratio * d_model, d_model))
-        self.adaLN_modulation = nn.Linear(cond_dim, 6 * d_model)
-        nn.init.zeros_(self.adaLN_modulation.weight)
-        nn.init.zeros_(self.adaLN_modulation.bias)
+        self.adaLN_modulation = zero_linear(cond_dim, 6 * d_model)
         with torch.no_grad():       # order of the six: shift, scale, gate of the attention, then of the MLP
             self.adaLN_modulation.bias.view(6, d_model)[2::3] = gate_init
 
@@ -202,12 +208,8 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.norm_final = LayerNorm(d_model)
         if out:
-            self.linear = nn.Linear(d_model, out)
-            nn.init.zeros_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)
-        self.adaLN_modulation = nn.Linear(cond_dim, 2 * d_model)
-        nn.init.zeros_(self.adaLN_modulation.weight)
-        nn.init.zeros_(self.adaLN_modulation.bias)
+            self.linear = zero_linear(d_model, out)
+        self.adaLN_modulation = zero_linear(cond_dim, 2 * d_model)
 
     def forward(self, h, c):
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
@@ -216,9 +218,9 @@ class OutputLayer(nn.Module):
 class DiT(nn.Module):
     """The MDLM / Duo / LangFlow / FLM backbone between embeddings and vocabulary head, with their parameter names.
 
-    forward(h [B, L, D], c [B, C]) -> u [B, L, D] after the final modulation; `cond(*times)` makes c. The projection to the
-    vocabulary is left to the heads of section 3, so that nothing of size [B, L, V] is ever built here. Optional parts,
-    in the published order: `vocab` > 0 adds vocab_embed [V, D], `n_times` = 2 a second time embedder (FLM's flow map),
+    forward(h [B, L, D], c [B, C]) -> u [B, L, D] after the final modulation; `cond(*times)` makes c. Projection to the
+    vocabulary is left to the heads of section 3: nothing of size [B, L, V] is built here. Optional parts, in the
+    published order: `vocab` > 0 adds vocab_embed [V, D], `n_times` = 2 a second time embedder (FLM's flow map),
     `out` > 0 output_layer.linear [out, D], `self_cond` the [D, 2D] self-conditioning projection.
     """
 
@@ -226,7 +228,7 @@ class DiT(nn.Module):
                  n_times=1, self_cond=False, softcap=0.0, causal=False, gate_init=0.0):
         super().__init__()
         if d_model % (2 * n_head):
-            raise UserError(f"d_model={d_model} is not a multiple of 2 * n_head={2 * n_head}: change --d_model or --n_head")
+            raise UserError(f"d_model={d_model} must be a multiple of 2 * n_head={2 * n_head}: change one of them")
         self.d_model, self.n_layer, self.amp = d_model, n_layer, False
         if vocab:
             self.vocab_embed = VocabEmbed(vocab, d_model)
@@ -239,8 +241,7 @@ class DiT(nn.Module):
                                     for _ in range(n_layer))
         self.output_layer = OutputLayer(d_model, cond_dim, out)
         if self_cond:
-            self.self_cond_proj = nn.Linear(2 * d_model, d_model, bias=False)
-            nn.init.zeros_(self.self_cond_proj.weight)
+            self.self_cond_proj = zero_linear(2 * d_model, d_model, bias=False)
 
     def cond(self, t, s=None):
         """Conditioning vector c [B, C] = SiLU(sigma_map(t) [+ sigma_map_prime(s)]) from times [B]."""
@@ -264,16 +265,17 @@ class DiT(nn.Module):
         return F.linear(u, W.to(u.dtype), b.to(u.dtype)).to(W.dtype)
 
 def trunk_flops(d_model, n_layer, length, mlp_ratio=4):
-    """Forward FLOP per token of the blocks (2 per multiply-add): QKVO + MLP, then the bidirectional attention products."""
+    """Forward FLOP per token of the blocks (2 per multiply-add): QKVO + MLP, then the attention products."""
     return 2 * (4 + 2 * mlp_ratio) * d_model ** 2 * n_layer + 4 * length * d_model * n_layer
 
 
 # --- 3. vocabulary heads ---------------------------------------------------------------------------
-# With V = 50,257 one float32 [B, L, V] tensor of a 64 x 1,024 batch is 13 GB, and the plain expressions keep four alive.
-# Both heads walk over chunks of rows instead and keep only what is [N, D] or [V, D]: `token_ce` takes the gradient in the
-# forward pass (its incoming gradient is one scalar), `expected_embedding` rebuilds the chunk's softmax from (u, lse).
+# With V = 50,257 one float32 [B, L, V] tensor of a 64 x 1,024 batch is 13 GB, and the plain expressions keep four
+# alive. Both heads walk over chunks of rows instead and keep only what is [N, D] or [V, D]: `token_ce` takes the
+# gradient in the forward pass (its incoming gradient is one scalar), `expected_embedding` rebuilds a chunk's softmax
+# from (u, lse).
 
-CHUNK_ELEMENTS = {"cpu": 2 ** 24, "cuda": 2 ** 28}     # rows * V of a chunk; GPU GEMMs lose speed below about 2,048 rows
+CHUNK_ELEMENTS = {"cpu": 2 ** 24, "cuda": 2 ** 28}     # rows * V of a chunk; a GPU wants 2,048 rows or more
 
 def _logits(u, W, b, skip, E, cap):
     """Capped float32 (float64) logits [n, V] of a chunk and d capped / d raw (None without a cap)."""
@@ -386,7 +388,7 @@ def token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0, chunk=0):
     """Cross-entropy of logits = u W^T + b + skip E^T, weighted by row, without a [N, V] tensor alive beyond a chunk.
 
     u [..., D], W [V, D], b [V], targets [...] int64, weight [...] (known before the head), skip [..., De] and E [V, De]
-    optional; cap > 0 squashes the logits to cap tanh(logits / cap). Returns (sum of weight * nll, nll [...] detached) in nats.
+    optional; cap > 0 squashes the logits to cap tanh(logits / cap). Returns (sum of weight * nll, nll [...] detached).
     The gradients are computed in the forward pass and only scaled in the backward pass, which can run once.
     """
     flat = [x.reshape(-1, x.shape[-1]) if x is not None else None for x in (u, skip)]
@@ -428,8 +430,8 @@ class _ExpectedEmbedding(torch.autograd.Function):
 def expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0, chunk=0):
     """Posterior mean x_hat = softmax(u W^T + b + skip E^T) @ values, and the nll of `targets` from the same pass.
 
-    Shapes as in `token_ce`; values [V, De] (may be E itself). Returns (x_hat [..., De], nll [...] in nats or None without
-    targets), both differentiable in u, W, b, skip, E and values: the backward pass rebuilds each chunk's softmax.
+    Shapes as in `token_ce`; values [V, De] (may be E itself). Returns (x_hat [..., De], nll [...] in nats, or None
+    without targets), both differentiable in u, W, b, skip, E and values: the backward pass rebuilds the softmax.
     """
     flat = [x.reshape(-1, x.shape[-1]) if x is not None else None for x in (u, skip)]
     ids = torch.zeros(u.shape[:-1], dtype=torch.int64, device=u.device) if targets is None else targets
@@ -470,8 +472,10 @@ class Rows:
         return np.random.default_rng([self.seed, self.step, kind, salt])
 
     def local(self, values, device=None):
-        """The local slice of a numpy array over the global batch, as a tensor."""
-        return torch.from_numpy(np.ascontiguousarray(values[self.first:self.first + self.n_local])).to(device)
+        """The local slice of a numpy array over the global batch, as a tensor; a GPU's copy does not wait for it."""
+        x = torch.from_numpy(np.ascontiguousarray(values[self.first:self.first + self.n_local]))
+        on_cpu = device is None or torch.device(device).type == "cpu"
+        return x if on_cpu else x.pin_memory().to(device, non_blocking=True)
 
     def uniform(self, salt=0, device=None):
         """float64 [n_local] in (0, 1): one draw in each of n_global equal strata, permuted."""
@@ -535,34 +539,37 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr=2e-3, momentum=0.95, bias_correction=True, ns_dtype=torch.float32, eps=1e-8,
                  weight_decay=0.0, transposed=()):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps))
-        self.bias_correction, self.ns_dtype, self.found_inf = bias_correction, ns_dtype, None
+        self.bias_correction, self.ns_dtype, self.found_inf = bias_correction, ns_dtype, torch.zeros(())
         self.transposed = {id(p) for p in transposed}
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            lr, beta, shapes = group["lr"], group["momentum"], {}
+            alike = {}
             for p in group["params"]:
-                shapes.setdefault((p.shape, id(p) in self.transposed, p.device, p.dtype), []).append(p)
-            for (shape, transposed, device, dtype), params in shapes.items():
-                ok = torch.ones((), device=device, dtype=dtype)
-                if self.found_inf is not None:
-                    ok = 1 - self.found_inf.to(device, dtype)
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p] = dict(step=torch.zeros((), device=device), m=torch.zeros_like(p))
-                    self.state[p]["step"] += ok.to(torch.float32)
-                g = torch.stack([whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in params])
-                m = torch.stack([whole(self.state[p]["m"]) for p in params])       # a shard has no singular values
-                m = torch.where(ok > 0, m.lerp(g, 1 - beta), m)
-                k = self.state[params[0]]["step"].to(dtype)
-                mc, gc = ((1 - beta ** (k + 1), 1 - beta ** k) if self.bias_correction else (1, 1))
-                update = newton_schulz(beta * m / mc + (1 - beta) * g / gc, self.ns_dtype, group["eps"]).to(dtype)
-                rows, cols = (shape[1], shape[0]) if transposed else shape
-                update = torch.where(ok > 0, update * (lr * max(1.0, rows / cols) ** 0.5), 0)
-                for p, u, mom in zip(params, update, m):
-                    self.state[p]["m"].copy_(like(mom, p))
-                    p.mul_(1 - lr * group["weight_decay"] * ok).sub_(like(u, p))
+                if p.grad is not None:
+                    alike.setdefault((p.shape, id(p) in self.transposed, p.dtype), []).append(p)
+            for (shape, transposed, _), params in alike.items():
+                rows, cols = reversed(shape) if transposed else shape
+                self.update(params, group, scale=max(1.0, rows / cols) ** 0.5)
+
+    def update(self, params, group, scale):
+        """One step of matrices of one shape, batched [n, rows, cols]."""
+        beta, ok = group["momentum"], 1 - self.found_inf.to(params[0].device, params[0].dtype)
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = dict(step=torch.zeros((), device=p.device), m=torch.zeros_like(p))
+            self.state[p]["step"] += ok.float()
+        g = torch.stack([whole(p.grad) for p in params])        # a shard has no singular values
+        m = torch.stack([whole(self.state[p]["m"]) for p in params])
+        m = torch.where(ok > 0, m.lerp(g, 1 - beta), m)
+        k = self.state[params[0]]["step"].to(g.dtype)
+        m_scale, g_scale = ((1 - beta ** (k + 1), 1 - beta ** k) if self.bias_correction else (1, 1))
+        u = newton_schulz(beta * m / m_scale + (1 - beta) * g / g_scale, self.ns_dtype, group["eps"]).to(g.dtype)
+        u = torch.where(ok > 0, u * (group["lr"] * scale), 0)
+        for p, u_p, m_p in zip(params, u, m):
+            self.state[p]["m"].copy_(like(m_p, p))
+            p.mul_(1 - group["lr"] * group["weight_decay"] * ok).sub_(like(u_p, p))
 
 
 # --- 6. command line -------------------------------------------------------------------------------
@@ -572,7 +579,7 @@ OPTIONS = {     # verb: {name: (default, comment)}; a paper's own options are th
     "sample": {
         "n": (4, "sequences to draw"), "steps": (64, "solver steps; nothing to do with the training key"),
         "length": (0, "tokens per sequence; 0 = the model's"), "prompt": ("", "text that every sample starts with"),
-        "infill": ("", "text whose ___ the model fills in"), "watch": (False, "redraw the text as noise turns into words"),
+        "infill": ("", "text whose ___ the model fills in"), "watch": (False, "redraw the text while it forms"),
         "seed": (0, "seed of the draws"), "out": ("", "run folder; default the newest out/<paper>-*")},
     "eval": {
         "rows": (0, "validation sequences to score; 0 = all, or 64 with likelihood=ode"),
@@ -599,7 +606,7 @@ def parse_value(key, text, kind):
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         value = float(text) if kind is int else kind(text)      # 1e6 is a whole number, 1.5 and nan are not
-        if kind is not str and value != (int(value) if kind is int else value):
+        if kind is not str and value != kind(value):
             raise ValueError
         return kind(value)
     except (ValueError, KeyError, OverflowError):
@@ -622,11 +629,10 @@ def parse(argv, Paper, Cfg, presets):
     if verb not in OPTIONS:
         raise UserError(f"unknown command '{verb}': use one of {', '.join(OPTIONS)}" + nearest(verb, OPTIONS))
     kinds = {f.name: f.type for f in dataclasses.fields(Cfg)} if verb in ("train", "bench") else {}
-    options = {**(keyword_options(Paper.sample) if verb in ("sample", "eval") else {}),
-               **(keyword_options(getattr(Paper, "nll", None)) if verb == "eval" else {}),
-               **{k: v[0] for k, v in OPTIONS[verb].items()}}
-    known = {**{k: str if v is None else type(v) for k, v in options.items()}, **kinds}
-    overrides, chosen = {}, {}
+    sources = {"sample": [Paper.sample], "eval": [Paper.sample, getattr(Paper, "nll", None)]}.get(verb, ())
+    options = {k: v for f in sources for k, v in keyword_options(f).items()}
+    options |= {k: default for k, (default, _) in OPTIONS[verb].items()}
+    known, overrides = {k: type(v) for k, v in options.items()} | kinds, {}
     for arg in rest:
         if arg in ("--help", "-h"):
             print_help(Paper, Cfg, presets, verb, options)
@@ -637,22 +643,21 @@ def parse(argv, Paper, Cfg, presets):
             raise UserError(f"unknown key '{arg}' of '{verb}'" + (nearest(key, known) or ": see --help"))
         if not eq and known[key] is not bool:
             raise UserError(f"--{key} needs a value: --{key}=...")
-        (overrides if key in kinds else chosen)[key] = parse_value(key, text if eq else "true", known[key])
-    if overrides.get("preset", "tiny") not in presets:
-        name = overrides["preset"]
+        (overrides if key in kinds else options)[key] = parse_value(key, text if eq else "true", known[key])
+    if (name := overrides.get("preset", "tiny")) not in presets:
         raise UserError(f"--preset={name}: no such preset; one of {', '.join(presets)}" + nearest(name, presets))
-    return verb, overrides, {**options, **chosen}
+    return verb, overrides, options
 
 def print_help(Paper, Cfg, presets, verb, options):
     print(f"python {paper_name(Paper)}.py [{' | '.join(OPTIONS)}] --key=value ...     presets: {', '.join(presets)}\n")
-    keys = {k: (v, OPTIONS[verb].get(k, ("", f"option of {Paper.__name__}.sample or .nll"))[1]) for k, v in options.items()}
+    own = f"option of {Paper.__name__}.sample or .nll"
+    keys = {k: (v, OPTIONS[verb].get(k, (v, own))[1]) for k, v in options.items()}
     if verb in ("train", "bench"):
-        notes = comments_of(Cfg)
-        keys.update({f.name: (f.default, notes.get(f.name, "")) for f in dataclasses.fields(Cfg)})
+        keys |= {f.name: (f.default, comments_of(Cfg).get(f.name, "")) for f in dataclasses.fields(Cfg)}
     for k, (default, note) in keys.items():
         print(f"  --{k}={default}".ljust(34) + note)
-    if verb == "train":
-        print("\n" + "\n".join(f"preset {p}: " + " ".join(f"{k}={v}" for k, v in vs.items()) for p, vs in presets.items()))
+    for name, values in presets.items() if verb == "train" else ():
+        print(f"preset {name}: " + " ".join(f"{k}={v}" for k, v in values.items()))
 
 def choose_preset(Cfg, presets, overrides, world):
     """Name of the preset in force and why: on a CPU tiny, on CUDA the paper's own if its corpus is prepared."""
@@ -672,26 +677,23 @@ def make_config(Cfg, presets, preset, overrides):
     """Dataclass default < preset < stage preset < --key=value, with the checks that every paper needs."""
     values = dict(presets[preset])
     if overrides.get("stage", values.get("stage", "train")) != "train":
-        values.update(presets.get(f"{preset}-distill", {}))
+        values |= presets.get(f"{preset}-distill", {})
     cfg = Cfg(**{**values, **overrides, "preset": preset})
-    for key in ("batch", "accum", "steps", "length", "log_every", "save_every", "d_model", "n_head", "cond_dim", "threads",
-                "mlp_ratio"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"--{key}={getattr(cfg, key)}: must be at least 1")
-    whole = [f.name for f in dataclasses.fields(cfg) if isinstance(getattr(cfg, f.name), int)]
-    for key in (*whole, "clip", "lr", "weight_decay", "adam_eps"):
-        if not 0 <= getattr(cfg, key) < math.inf:
-            raise UserError(f"--{key}={getattr(cfg, key)}: must be finite and not negative")
-    for key, allowed in (("lr_schedule", ("constant", "cosine", "linear")), ("stage", ("train", "distill")),
-                         ("compile", ("auto", "true", "false")), ("precision", ("auto", "bf16", "fp32"))):
-        if getattr(cfg, key) not in allowed:
-            raise UserError(f"--{key}={getattr(cfg, key)}: use one of {', '.join(allowed)}")
-    for key in ("dropout", "ema", "beta1", "beta2"):
-        if not 0 <= getattr(cfg, key) < 1:
-            raise UserError(f"--{key}={getattr(cfg, key)}: must lie in [0, 1)")
-    for key, value in vars(cfg).items():
-        if key.endswith("_prob") and isinstance(value, float) and not 0 <= value <= 1:
-            raise UserError(f"--{key}={value}: a probability lies in [0, 1]")
+    whole_numbers = [f.name for f in dataclasses.fields(cfg) if isinstance(getattr(cfg, f.name), int)]
+    shares = [k for k, v in vars(cfg).items() if k.endswith("_prob") and isinstance(v, float)]
+    choices = {"lr_schedule": ("constant", "cosine", "linear"), "stage": ("train", "distill"),
+               "compile": ("auto", "true", "false"), "precision": ("auto", "bf16", "fp32")}
+    for keys, allows, what in (
+            ("batch accum steps length log_every save_every d_model n_head cond_dim threads mlp_ratio".split(),
+             lambda v: v >= 1, "must be at least 1"),
+            ((*whole_numbers, "clip", "lr", "weight_decay", "adam_eps"), lambda v: 0 <= v < math.inf,
+             "must be finite and not negative"),
+            (("dropout", "ema", "beta1", "beta2"), lambda v: 0 <= v < 1, "must lie in [0, 1)"),
+            (shares, lambda v: 0 <= v <= 1, "a probability lies in [0, 1]"),
+            *(((k,), c.__contains__, f"use one of {', '.join(c)}") for k, c in choices.items())):
+        for key in keys:
+            if not allows(getattr(cfg, key)):
+                raise UserError(f"--{key}={getattr(cfg, key)}: {what}")
     return cfg
 
 
@@ -699,9 +701,18 @@ def make_config(Cfg, presets, preset, overrides):
 
 @dataclasses.dataclass
 class World:
+    """This process among the ranks. Rank 0 prints; on a terminal the line between two log points is a live one."""
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+
+    @property
+    def live(self):
+        return self.rank == 0 and sys.stdout.isatty()
+
+    def say(self, text, end="\n"):
+        if self.rank == 0:
+            print(("\r\x1b[K" if self.live else "") + text, end=end, flush=True)
 
 def start_world():
     """The process group under torchrun (NCCL on CUDA, gloo on a CPU), a world of one otherwise."""
@@ -720,6 +731,10 @@ def all_reduce_mean(x):
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 def reseed(*key):
     """Make torch's generators a function of (seed, step, micro-step, rank): resuming needs no RNG state at all."""
@@ -750,7 +765,7 @@ def read_metrics(out):
             records.append(json.loads(line))
     return records
 
-def open_run(cfg, name, world):
+def open_run(cfg, name):
     """The run folder and what its config.json has to say; a folder with a run of another configuration is refused."""
     suffix = f"-distill{getattr(cfg, 'student_steps', 0) or ''}" if cfg.stage == "distill" else ""
     out = pathlib.Path(cfg.out or f"out/{name}-{cfg.preset}{suffix}")
@@ -760,28 +775,26 @@ def open_run(cfg, name, world):
     file = out / "config.json"
     if file.exists():
         try:
-            old = json.loads(file.read_text())
-            differing = [k for k in sorted({*config, *old} - {"log_every"}) if old.get(k) != config.get(k)]
+            old, may_differ = json.loads(file.read_text()), {"log_every"}
             if cfg.lr_schedule == "constant" and old.get("steps", 0) <= cfg.steps:
-                differing = [k for k in differing if k != "steps"]      # a constant schedule may go on for longer
+                may_differ.add("steps")         # a constant schedule may go on for longer
+            differing = [k for k in sorted({*config, *old} - may_differ) if old.get(k) != config.get(k)]
         except (ValueError, TypeError, AttributeError):
             raise UserError(f"{file} is damaged: restore it, or choose another folder with --out=") from None
-        if differing:
-            k = differing[0]
+        for k in differing[:1]:
             raise UserError(f"{out} holds another run: {k}={old.get(k)} there, {k}={config.get(k)} here; "
                             f"choose another folder with --out= or remove {out}")
     return out, config
 
 def claim_run(out, config, world):
-    """Write config.json: only once the model is built and the checkpoint read, so that a refused command changes nothing."""
-    if world.rank == 0:
-        try:
+    """Write config.json, once the model is built and the checkpoint read: a refused command changes nothing."""
+    try:
+        if world.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             write_atomic(out / "config.json", json.dumps(config, indent=1))
-        except OSError as e:
-            raise UserError(f"cannot write to {out}: {e.strerror}; choose another folder with --out=") from None
-    if world.size > 1:
-        dist.barrier()                      # the folder is there for every rank
+    except OSError as e:
+        raise UserError(f"cannot write to {out}: {e.strerror}; choose another folder with --out=") from None
+    barrier()                                   # the folder is there for every rank
 
 
 # --- 8. checkpoints --------------------------------------------------------------------------------
@@ -806,9 +819,8 @@ def save_checkpoint(path, payload):
     try:
         with open(tmp, "wb") as f:
             torch.save(payload, f)
-        mark = MAGIC + bytes.fromhex(digest(tmp))
         with open(tmp, "ab") as f:
-            f.write(mark)
+            f.write(MAGIC + bytes.fromhex(digest(tmp)))
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:
@@ -826,8 +838,8 @@ def save_checkpoint(path, payload):
 
 def damaged(path, why):
     prev = path.with_name("ckpt.prev.pt")
-    remedy = f"; the save before it is {prev}: rename it to {path.name}" if path.name == "ckpt.pt" and prev.exists() else ""
-    return UserError(f"{path} is damaged: {why}{remedy}")
+    has_prev = path.name == "ckpt.pt" and prev.exists()
+    return UserError(f"{path} is damaged: {why}" + f"; the save before it is {prev}: rename it to ckpt.pt" * has_prev)
 
 def is_ours(path):
     """True when the file carries our trailer and it matches, False without one; a mismatch is refused.
@@ -862,6 +874,13 @@ def load_checkpoint(path, paper=None):
         raise UserError(f"{path} is a checkpoint of {ckpt['paper']}.py, not of {paper}.py")
     return ckpt
 
+def newest_checkpoint(folder):
+    """ckpt.pt of a run folder, or ckpt.prev.pt where a kill fell between the two renames."""
+    return folder / ("ckpt.pt" if (folder / "ckpt.pt").exists() else "ckpt.prev.pt")
+
+def averaged_weights(ckpt):
+    return {**ckpt["model"], **ckpt["ema"]}
+
 class _Inert:
     """Stands in for every class of a published pickle that is not a tensor; nothing in it runs."""
 
@@ -874,9 +893,10 @@ class _TensorsOnly(pickle.Unpickler):
     KINDS = {"Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
              "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"}
 
-    def __init__(self, archive, root):
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
-        self.archive, self.root, self.storages = archive, root, {}
+    def __init__(self, archive):
+        self.root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("/data.pkl")
+        super().__init__(io.BytesIO(archive.read(f"{self.root}/data.pkl")))
+        self.archive, self.storages = archive, {}
 
     def find_class(self, module, name):
         if module == "torch._utils" and name == "_rebuild_tensor_v2":
@@ -899,12 +919,13 @@ def read_safetensors(path):
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
     raw = bytearray(path.read_bytes())
-    start, out = 8 + struct.unpack("<Q", raw[:8])[0], {}
-    for name, v in json.loads(raw[8:start]).items():
-        if name != "__metadata__":
-            shape, dtype, offset = v["shape"], kinds[v["dtype"]], start + v["data_offsets"][0]
-            n = math.prod(shape)
-            out[name] = torch.frombuffer(raw, dtype=dtype, offset=offset, count=n).view(shape) if n else torch.empty(shape)
+    start, out = 8 + int.from_bytes(raw[:8], "little"), {}
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
+    for name, v in header.items():
+        shape, dtype, offset = v["shape"], kinds[v["dtype"]], start + v["data_offsets"][0]
+        n = math.prod(shape)
+        out[name] = torch.frombuffer(raw, dtype=dtype, offset=offset, count=n).view(shape) if n else torch.empty(shape)
     return out
 
 def load_published(path):
@@ -916,9 +937,7 @@ def load_published(path):
         if path.suffix == ".safetensors":
             return read_safetensors(path)
         with zipfile.ZipFile(path) as archive:
-            root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("/data.pkl")
-            raw = _TensorsOnly(archive, root).load()
-        return dict(raw)
+            return dict(_TensorsOnly(archive).load())
     except Exception as e:                  # a pickle with a wrong byte can raise anything
         raise UserError(f"{path} cannot be read as .safetensors or a torch archive ({e!r})") from None
 
@@ -939,9 +958,9 @@ def initial_weights(model, path):
     if path.is_file() and path.suffix != ".safetensors" and is_ours(path):
         ckpt = load_checkpoint(path)
         for key in getattr(model, "init_keys", ()):         # keys that change what the same weights compute
-            if ckpt["config"].get(key) != getattr(model.cfg, key):
-                raise UserError(f"{path} was trained with --{key}={ckpt['config'].get(key)}, not {getattr(model.cfg, key)}")
-        state = {**ckpt["model"], **ckpt["ema"]}
+            if (theirs := ckpt["config"].get(key)) != getattr(model.cfg, key):
+                raise UserError(f"{path} was trained with --{key}={theirs}, not {getattr(model.cfg, key)}")
+        state = averaged_weights(ckpt)
     else:
         raw = load_published(path)
         state = model.published(raw) if hasattr(model, "published") else raw
@@ -977,8 +996,8 @@ def lr_factor(cfg, step, schedule=None):
     if step < cfg.warmup:
         return step / cfg.warmup
     done = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-    decay = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[schedule or cfg.lr_schedule]
-    return cfg.min_lr + (1 - cfg.min_lr) * decay
+    decay = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
+    return cfg.min_lr + (1 - cfg.min_lr) * decay[schedule or cfg.lr_schedule]
 
 def load_corpus(Paper, cfg):
     """The corpus of cfg; fills cfg.vocab and cfg.unigram_entropy from it."""
@@ -992,29 +1011,32 @@ def load_corpus(Paper, cfg):
     cfg.unigram_entropy = cfg.unigram_entropy or round(float(corpus.unigram_entropy), 6)
     return corpus
 
-def build(Paper, cfg, world):
-    """Model on its device; bf16 blocks on CUDA unless the configuration says otherwise. Same weights on every rank."""
+def build(Paper, cfg, world, weights=None, source=None):
+    """Model on its device, fresh (the same on every rank), with `weights` read from `source`, or as --init says."""
+    if world.device.type == "cpu":
+        torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     model = Paper(cfg).to(world.device)
-    if cfg.init:
+    if weights:
+        load_weights(model, weights, source)
+    elif cfg.init:
         initial_weights(model, cfg.init)
     for m in model.modules():
-        if hasattr(m, "amp"):
+        if hasattr(m, "amp"):               # bf16 blocks on CUDA unless the configuration says otherwise
             m.amp = cfg.precision == "bf16" or cfg.precision == "auto" and world.device.type == "cuda"
     return model
 
 def load_teacher(Paper, cfg, world):
     """The frozen teacher of --stage=distill: its own configuration, its EMA weights, eval mode."""
     ckpt = load_checkpoint(cfg.teacher, paper_name(Paper))
-    teacher = build(Paper, dataclasses.replace(type(cfg)(**ckpt["config"]), init="", precision=cfg.precision), world)
-    load_weights(teacher, {**ckpt["model"], **ckpt["ema"]}, cfg.teacher)
-    return teacher.eval().requires_grad_(False)
+    own = dataclasses.replace(type(cfg)(**ckpt["config"]), init="", precision=cfg.precision, threads=cfg.threads)
+    return build(Paper, own, world, averaged_weights(ckpt), cfg.teacher).eval().requires_grad_(False)
 
 def compile_and_shard(model, cfg, world):
     """In-place compilation of every block (one graph serves all of them), then FSDP2 over the blocks."""
     blocks = [m for m in model.modules() if getattr(m, "compile_me", False)]
     if cfg.compile == "true" or cfg.compile == "auto" and world.device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 32   # train, self-conditioning, validation and sampling shapes of a block
+        torch._dynamo.config.recompile_limit = 32   # train, self-conditioning and sampling shapes of a block
         compile_heads()
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
@@ -1036,23 +1058,26 @@ def make_optimizers(model, cfg):
         g = {"lr": cfg.lr, "clip": "main", "lr_schedule": cfg.lr_schedule, "optimizer": torch.optim.AdamW, **g}
         params, cls = [p for p in g.pop("params") if p.requires_grad], g.pop("optimizer")
         seen.update(map(id, params))
-        for sharded in (False, True):       # a fused step takes plain or sharded tensors, not both
-            part = [p for p in params if hasattr(p, "full_tensor") == sharded]
-            if part:
-                group = {**(adamw if cls is torch.optim.AdamW else {}), **g, "peak_lr": g["lr"], "params": part}
-                classes.setdefault(cls, []).append(group)
+        for part in plain_and_sharded(params):              # a fused step takes plain or sharded tensors, not both
+            group = {**(adamw if cls is torch.optim.AdamW else {}), **g, "peak_lr": g["lr"], "params": part}
+            classes.setdefault(cls, []).append(group)
     missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in seen]
     assert not missing, f"param_groups leaves out {missing}"
     return [make_optimizer(cls, entries) for cls, entries in classes.items()]
 
 def make_optimizer(cls, groups):
     """Options that only the constructor takes are passed to it; those of a single group stay with the group."""
-    accepted, own = set(inspect.signature(cls).parameters), ("params", "lr", "betas", "weight_decay", "eps", "fused", "momentum")
-    shared = {k: v for k, v in groups[0].items() if k in accepted and k not in own}
+    own = {"params", "lr", "betas", "weight_decay", "eps", "fused", "momentum"}
+    shared = {k: groups[0][k] for k in inspect.signature(cls).parameters if k in groups[0] and k not in own}
     return cls([{k: v for k, v in g.items() if k not in shared} for g in groups], **shared)
 
-def reduce_gradients(params, world, bucket_bytes=2 ** 27):
-    """Mean of the gradients over the ranks, in flat buckets (zeros for a missing one, so the buckets always agree).
+def plain_and_sharded(tensors):
+    """The plain and the FSDP2-sharded ones of a list of tensors, as up to two lists."""
+    split = [[x for x in tensors if hasattr(x, "full_tensor") == sharded] for sharded in (False, True)]
+    return [part for part in split if part]
+
+def reduce_gradients(params, world):
+    """Mean of the gradients over the ranks, one flat message per dtype (zeros for a missing one: all ranks agree).
 
     differs from DDP: no overlap with the backward pass (about 3 ms of 100 at 0.5 GB over NVLink), and in return no
     unused-parameter failures, no name prefixes, no hooks inside compiled code. FSDP2 reduces its own shards.
@@ -1060,41 +1085,28 @@ def reduce_gradients(params, world, bucket_bytes=2 ** 27):
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    buckets, size = [[]], 0
-    for g in (p.grad for p in params if world.size > 1 and not hasattr(p, "full_tensor")):
-        if buckets[-1] and (size + g.nbytes > bucket_bytes or g.dtype != buckets[-1][0].dtype):
-            buckets, size = buckets + [[]], 0
-        buckets[-1].append(g)
-        size += g.nbytes
-    buckets = [b for b in buckets if b]
-    flats = [torch.cat([g.reshape(-1) for g in b]) for b in buckets]
-    works = [dist.all_reduce(f, async_op=True) for f in flats]
-    for bucket, flat, work in zip(buckets, flats, works):
-        work.wait()
-        for g, part in zip(bucket, (flat / world.size).split([g.numel() for g in bucket])):
-            g.copy_(part.view_as(g))
+    plain = [p.grad for p in params if world.size > 1 and not hasattr(p, "full_tensor")]
+    for dtype in dict.fromkeys(g.dtype for g in plain):
+        grads = [g for g in plain if g.dtype == dtype]
+        flat = all_reduce_mean(torch.cat([g.flatten() for g in grads]))
+        parts = flat.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
 
 def clip_gradients(optimizers, limit):
-    """Clip each named set of groups to the global norm `limit` (0 = measure only); returns the total norm, on device."""
-    sets, total = {}, 0
+    """Clip each named set of groups to the global norm `limit` (0 = measure only); returns the total norm."""
+    sets, norms = {}, []
     for group in (g for opt in optimizers for g in opt.param_groups):
         sets.setdefault(group["clip"], []).extend(p.grad for p in group["params"])
     for grads in sets.values():
-        square = 0
-        for sharded in (False, True):
-            part = [local(g) for g in grads if hasattr(g, "full_tensor") == sharded]
-            if part:
-                s = torch.stack([n.double() for n in torch._foreach_norm(part)]).square().sum()
-                if sharded:
-                    dist.all_reduce(s)
-                square = square + s
+        parts = [whole(nn.utils.get_total_norm(part)).double() for part in plain_and_sharded(grads)]
+        norms.append(torch.stack(parts).norm())
         if limit:
-            torch._foreach_mul_([local(g) for g in grads], (limit / (square.sqrt() + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
-        total = total + square
-    return total.sqrt()
+            scale = (limit / (norms[-1] + 1e-6)).clamp(max=1.0).to(grads[0].dtype)
+            torch._foreach_mul_([local(g) for g in grads], scale)
+    return torch.stack(norms).norm()
 
 class Batches:
-    """Micro-batches of the run in order, made on a background thread and copied to the GPU without blocking.
+    """Micro-batches of the run in order; for a GPU a thread makes and pins the next ones while this one computes.
 
     Rows are a function of (seed, step), so the data position of a checkpoint is its step. Pinned memory is reused by
     torch's host allocator. On a CPU the batch is made in place: there is nothing to overlap.
@@ -1102,40 +1114,32 @@ class Batches:
 
     def __init__(self, corpus, cfg, world, start):
         self.corpus, self.cfg, self.world = corpus, cfg, world
-        self.n_local = cfg.batch // (world.size * cfg.accum)
-        if world.device.type == "cuda":
-            self.queue = queue.Queue(maxsize=3)
-            threading.Thread(target=self._fill, args=(start,), daemon=True).start()
+        self.n_local, self.pinned = cfg.batch // (world.size * cfg.accum), world.device.type == "cuda"
+        order = itertools.product(range(start, cfg.steps), range(cfg.accum))
+        self.ahead, self.order, self.pool = collections.deque(), order, concurrent.futures.ThreadPoolExecutor(1)
 
     def make(self, step, micro):
         cfg, first = self.cfg, (self.world.rank * self.cfg.accum + micro) * self.n_local
         batch = self.corpus.train_batch(cfg.seed, step, first, self.n_local, cfg.batch)
+        if self.pinned:
+            batch = {k: v.pin_memory() for k, v in batch.items()}
         return batch | {"rows": Rows(cfg.seed, step, first, self.n_local, cfg.batch)}
 
-    def _fill(self, start):
-        try:
-            for step, micro in itertools.product(range(start, self.cfg.steps), range(self.cfg.accum)):
-                batch = self.make(step, micro)
-                self.queue.put({k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
-        except BaseException as e:          # handed to the training thread, which raises it
-            self.queue.put(e)
-
     def get(self, step, micro):
-        if self.world.device.type != "cuda":
+        if not self.pinned:
             return self.make(step, micro)
-        batch = self.queue.get()
-        if isinstance(batch, BaseException):
-            raise batch
-        return {k: v.to(self.world.device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        for at in itertools.islice(self.order, 3 - len(self.ahead)):
+            self.ahead.append(self.pool.submit(self.make, *at))
+        return to_device(self.ahead.popleft().result(), self.world.device)
 
 class Stop:
     """SIGTERM and SIGINT set a flag (a second signal exits at once); the ranks agree on it and on the count of
     consecutive skips, copied asynchronously and read one step late, so that no step waits for the host."""
 
     def __init__(self, world):
-        self.world, self.signum, pin = world, 0, world.device.type == "cuda"
-        self.seen, self.next = (torch.zeros(2, pin_memory=pin) for _ in range(2))
-        self.event = torch.cuda.Event() if pin else None
+        self.world, self.signum, gpu = world, 0, world.device.type == "cuda"
+        self.seen, self.next = (torch.zeros(2, pin_memory=gpu) for _ in range(2))
+        self.event = torch.cuda.Event() if gpu else None
         if threading.current_thread() is threading.main_thread():
             for s in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(s, self.catch)
@@ -1158,27 +1162,14 @@ class Stop:
             self.event.record()
         return int(self.seen[0]), int(self.seen[1])
 
-class Printer:
-    """Rank 0 prints; on a terminal the line between two log points is a live one."""
-
-    def __init__(self, world):
-        self.on, self.live = world.rank == 0, world.rank == 0 and sys.stdout.isatty()
-
-    def __call__(self, text):
-        if self.on:
-            print(("\r\x1b[K" if self.live else "") + text, flush=True)
-
-    def update(self, text):
-        if self.live:
-            print("\r\x1b[K" + text, end="", flush=True)
-
 def duration(seconds):
     m, s = divmod(int(seconds), 60)
     return f"{m // 60}h{m % 60:02d}m" if m >= 60 else f"{m}m{s:02d}s"
 
 def count(n):
     """1,234 -> '1,234', 61,000 -> '61k', 3,100,000 -> '3.1M'."""
-    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n / 1e3:.0f}k" if n >= 1e4 else f"{n:,.0f}"
+    scaled = ((1e9, f"{n / 1e9:.2f}B"), (1e6, f"{n / 1e6:.1f}M"), (1e4, f"{n / 1e3:.0f}k"))
+    return next((text for least, text in scaled if n >= least), f"{n:,.0f}")
 
 def flops_per_token(model, cfg, train=True):
     if hasattr(model, "flops_per_token"):
@@ -1204,15 +1195,11 @@ class Run:
     def __init__(self, Paper, cfg, world, corpus, out):
         self.cfg, self.world, self.corpus, self.out, self.name = cfg, world, corpus, out, paper_name(Paper)
         self.step, self.skipped, self.elapsed, self.sums, self.path = 0, 0, 0.0, {}, out / "ckpt.pt"
-        source = self.path if self.path.exists() else out / "ckpt.prev.pt"
+        source = newest_checkpoint(out)
         ckpt = load_checkpoint(source, self.name) if source.exists() else None
-        if ckpt and cfg.init:
-            cfg = dataclasses.replace(cfg, init="")         # a resumed run has its own weights
-        self.model = build(Paper, cfg, world)
+        self.model = build(Paper, cfg, world, ckpt and ckpt["model"], source)
         if cfg.stage == "distill" and cfg.teacher:
             self.model.attach_teacher(load_teacher(Paper, cfg, world), fresh=ckpt is None)
-        if ckpt:
-            load_weights(self.model, ckpt["model"], source)
         compile_and_shard(self.model, cfg, world)
         self.names, self.params = zip(*((n, p) for n, p in self.model.named_parameters() if p.requires_grad))
         self.ema = [p.detach().clone() for p in self.params]
@@ -1223,14 +1210,14 @@ class Run:
 
     def restore(self, ckpt):
         self.step, self.elapsed, self.skipped = ckpt["step"], ckpt["stats"]["elapsed"], ckpt["stats"]["skipped"]
-        self.sums = {k: v.to(self.world.device) for k, v in ckpt["sums"].items()}
+        self.sums = to_device(ckpt["sums"], self.world.device)
         for e, name in zip(self.ema, self.names):
             e.copy_(like(ckpt["ema"][name], e))
         for opt, p, name in self.optimised():
             opt.state[p] = {k: like(v, p) for k, v in ckpt["optimizer"][name].items()}
 
     def optimised(self):
-        """(optimiser, parameter, name): states are saved by name, whatever groups the parameters are in, sharded or not."""
+        """(optimiser, parameter, name): states are saved by name, whatever groups the parameters are in."""
         names = dict(zip(self.params, self.names))
         return [(opt, p, names[p]) for opt in self.optimizers for g in opt.param_groups for p in g["params"]]
 
@@ -1243,8 +1230,11 @@ class Run:
             sums={k: gather(v) for k, v in self.sums.items()}, stats=dict(elapsed=self.elapsed, skipped=self.skipped))
         if self.world.rank == 0:
             save_checkpoint(self.path, state)
-        if self.world.size > 1:
-            dist.barrier()
+        barrier()
+
+    def record(self, kind, **values):
+        if self.world.rank == 0:
+            append_metrics(self.out, kind=kind, step=self.step, **values)
 
     @contextlib.contextmanager
     def averaged(self):
@@ -1261,66 +1251,68 @@ class Run:
 
     def train_step(self, batches):
         """One optimiser step: forward and backward per micro-step, reduce, clip, update, average. No host sync."""
-        cfg, step = self.cfg, self.step
+        cfg, step, seen = self.cfg, self.step, collections.defaultdict(float)
         for micro in range(cfg.accum):
             batch = batches.get(step, micro)
             reseed(cfg.seed, step, micro, self.world.rank)
             loss, metrics = self.model.loss(batch)
             (loss / cfg.accum).backward()
-            self.add(loss=loss.detach() / cfg.accum, **{k: v / cfg.accum for k, v in metrics.items()})
+            for k, v in {**metrics, "loss": loss.detach()}.items():
+                seen[k] += v.double() / cfg.accum
         reduce_gradients(self.params, self.world)
-        norm = clip_gradients(self.optimizers, cfg.clip if step >= cfg.clip_from else 0)
-        found_inf = (~torch.isfinite(norm)).float()         # equal on all ranks: the gradients are already reduced
+        seen["gnorm"] = norm = clip_gradients(self.optimizers, cfg.clip if step >= cfg.clip_from else 0)
+        ok = torch.isfinite(norm + all_reduce_mean(seen["loss"].clone()))   # equal on all ranks, as the gradients are
         for opt in self.optimizers:
             for g in opt.param_groups:
                 g["lr"] = g["peak_lr"] * lr_factor(cfg, step, g["lr_schedule"])
-            opt.found_inf, opt.grad_scale = found_inf, None     # AdamW's GradScaler protocol: 1 leaves all untouched
+            opt.found_inf, opt.grad_scale = (~ok).float(), None     # the GradScaler protocol: 1 leaves all untouched
             opt.step()
             opt.zero_grad(set_to_none=True)
         decay = min(cfg.ema, (2 + step) / (11 + step)) if cfg.ema_warmup else cfg.ema       # n counts from 1
         with torch.no_grad():
             torch._foreach_lerp_([local(e) for e in self.ema], [local(p.detach()) for p in self.params], 1 - decay)
             if hasattr(self.model, "after_step"):
-                self.model.after_step(step, found_inf == 0)
-        self.add(gnorm=norm, count=torch.ones_like(norm), skipped=found_inf)
-        self.bad = (self.bad + 1) * found_inf
+                self.model.after_step(step, ok)
+        for k, v in {**seen, "good": torch.ones_like(norm), "skipped": (~ok).double()}.items():
+            self.sums[k] = self.sums.get(k, 0) + (v if k == "skipped" else torch.where(ok, v, 0))
+        self.bad = (self.bad + 1) * ~ok
         self.step += 1
 
-    def add(self, **values):
-        for k, v in values.items():
-            self.sums[k] = self.sums.get(k, 0) + v.double()
-
     def flush(self):
-        """Means since the last training line over steps, micro-steps and ranks; resets the sums."""
+        """Means since the last training line over the good steps, micro-steps and ranks; resets the sums."""
         names = sorted(self.sums)
         means = dict(zip(names, all_reduce_mean(torch.stack([self.sums[k] for k in names])).tolist()))
-        self.sums, steps = {}, means.pop("count")
-        self.skipped += int(means.pop("skipped"))
-        return {k: v / steps for k, v in means.items()} | {"skipped": self.skipped}
+        self.sums, good = {}, means.pop("good")
+        self.skipped += round(means.pop("skipped"))
+        return {k: v / good if good else math.nan for k, v in means.items()} | {"skipped": self.skipped}
+
+    def show_samples(self, n, width, note=""):
+        """Print and keep n samples of the model as it is (inside `averaged`); the same seed every time."""
+        ids = draw(self.model, self.corpus, n, getattr(self.model, "default_steps", 64))
+        for i, row in enumerate(ids):
+            self.world.say(f"  sample {i + 1}| {show(self.corpus, row)[:width]}")
+        save_samples(self.out, self.world, self.step, self.corpus, ids, note)
 
 def train(Paper, Cfg, presets, overrides, world):
     """Set up or resume a run, take its steps (log, validate, sample and save between them), and close it."""
-    say = Printer(world)
-    preset, why = choose_preset(Cfg, presets, overrides, world)
+    name, (preset, why) = paper_name(Paper), choose_preset(Cfg, presets, overrides, world)
     cfg = make_config(Cfg, presets, preset, overrides)
-    if world.device.type == "cpu":
-        torch.set_num_threads(cfg.threads)
     if cfg.batch % (world.size * cfg.accum):
-        raise UserError(f"--batch={cfg.batch} is not divisible by {world.size} ranks x {cfg.accum} micro-steps (--accum)")
-    if cfg.stage == "distill" and not cfg.teacher and not getattr(Paper, "distils_alone", lambda cfg: False)(cfg):
-        raise UserError("--stage=distill needs --teacher=CKPT, the ckpt.pt of the run to distil")
+        raise UserError(f"--batch={cfg.batch} is not divisible by {world.size} ranks x {cfg.accum} micro-steps")
     if cfg.teacher:
-        load_checkpoint(cfg.teacher, paper_name(Paper))
+        load_checkpoint(cfg.teacher, name)
+    elif cfg.stage == "distill" and not getattr(Paper, "distils_alone", lambda cfg: False)(cfg):
+        raise UserError("--stage=distill needs --teacher=CKPT, the ckpt.pt of the run to distil")
     corpus = load_corpus(Paper, cfg)
-    out, config = open_run(cfg, paper_name(Paper), world)
-    say(f"{paper_name(Paper)}  preset {preset} ({why})          {out}")
+    out, config = open_run(cfg, name)
+    world.say(f"{name}  preset {preset} ({why})          {out}")
     run = Run(Paper, cfg, world, corpus, out)
     claim_run(out, config, world)
     n_params, flops = sum(p.numel() for p in run.model.parameters()), flops_per_token(run.model, cfg)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"cpu, {cfg.threads} threads"
-    say(f"{device} x {world.size} | torch {torch.__version__} | {count(n_params)} parameters | "
-        f"{flops / 1e6:.1f} MFLOP/token | {count(cfg.batch * cfg.length)} tokens/step")
-    say(f"{corpus.describe()} | {'resumed at step ' + str(run.step) if run.step else 'fresh start'}, seed {cfg.seed}")
+    world.say(f"{device} x {world.size} | torch {torch.__version__} | {count(n_params)} parameters | "
+              f"{flops / 1e6:.1f} MFLOP/token | {count(cfg.batch * cfg.length)} tokens/step\n{corpus.describe()} | "
+              f"{f'resumed at step {run.step}' if run.step else 'fresh start'}, seed {cfg.seed}")
     if shutil.disk_usage(out).free < 48 * n_params:
         raise UserError(f"{out}: less than {48e-6 * n_params:,.0f} MB free for three checkpoints; free some space")
     finished = run.step >= cfg.steps
@@ -1329,81 +1321,88 @@ def train(Paper, Cfg, presets, overrides, world):
         write_atomic(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
     final = [r["text"] for r in kept if r["kind"] == "final"]
     if finished and final:
-        say(f"finished at step {run.step}: " + final[-1])
+        world.say(f"finished at step {run.step}: {final[-1]}")
         return 0
-    return take_steps(run, say, flops) or finish(run, say)
+    return take_steps(run, flops) or finish(run)
 
-def take_steps(run, say, flops):
+def take_steps(run, flops):
     """The loop. Returns 128 + signal when one ended it, 0 at the last step."""
-    cfg, model, world, out = run.cfg, run.model, run.world, run.out
-    batches, stop, start, micro = Batches(run.corpus, cfg, world, run.step), Stop(world), run.step, micro_batch(cfg, world)
-    mark, paused, times = (time.perf_counter(), start), 0.0, []
-    model.train()
+    cfg, world, tokens, start = run.cfg, run.world, run.cfg.batch * run.cfg.length, run.step
+    batches, stop, micro = Batches(run.corpus, cfg, world, start), Stop(world), micro_batch(cfg, world)
+    since, busy = start, 0.0                # the rate: steps since `since` and the seconds they took
+    run.model.train()
     while run.step < cfg.steps:
-        t0 = time.perf_counter()
+        began = time.perf_counter()
         run.train_step(batches)
         signum, bad = stop.exchange(run.bad)
-        now, step = time.perf_counter(), run.step
-        times, run.elapsed = times[-49:] + [now - t0], run.elapsed + now - t0
         if bad >= 10:
-            raise NonFinite(f"{bad} updates in a row were not finite: stopped at step {step}; the last good checkpoint is "
-                            f"{run.path if run.path.exists() else 'none yet'}")
+            raise NonFinite(f"{bad} updates in a row were not finite: stopped at step {run.step}; the last good "
+                            f"checkpoint is {run.path if run.path.exists() else 'none yet'}")
+        step, due = run.step, lambda every: every and run.step % every == 0
+        means = run.flush() if due(cfg.log_every) or step == cfg.steps else None    # waits for the GPU
+        seconds = time.perf_counter() - began
+        run.elapsed, busy = run.elapsed + seconds, busy + seconds
+        if means:
+            rate, val = (step - since) * tokens / busy, {}
+            if due(cfg.val_every) and step < cfg.steps:
+                with run.averaged():
+                    val = score(run.model, run.corpus, world, 128, micro)
+            lr = cfg.lr * lr_factor(cfg, step - 1)
+            parts = [f"step {step}/{cfg.steps}", f"loss {means['loss']:.3f}", val_text(val)]
+            parts += [f"{k} {means[k]:.3f}" for k in getattr(run.model, "log_keys", ()) if k in means]
+            parts += [f"lr {lr:.1e}", f"gnorm {means['gnorm']:.2f}", f"skipped {run.skipped}" if run.skipped else ""]
+            parts += [f"{count(rate)} tok/s{mfu(rate * flops, world)}"]
+            world.say("  ".join(filter(None, (*parts, f"eta {duration((cfg.steps - step) * tokens / rate)}"))))
+            run.record("train", tokens=step * tokens, time=round(run.elapsed, 3), lr=lr, tok_s=round(rate), **means)
+            if val:
+                run.record("val", **val)
+        elif world.live and step % 10 == 0:
+            world.say(f"step {step}/{cfg.steps}  {1e3 * seconds:.0f} ms/step", end="")
+        if means or step in (start + 1, start + 5):     # the rate leaves out compilation and the first five steps
+            since, busy = step, 0.0
         if step == start + 1:
             gc.collect()
-            gc.freeze()                     # the model's objects stay: out of the collector's rounds, which stall ranks
-        if step in (start + 1, start + 5):  # the rate leaves out compilation and the first five steps
-            mark, paused = (now, step), 0.0
-        if step % cfg.log_every == 0 or step == cfg.steps:
-            means, val = run.flush(), {}
-            now = time.perf_counter()
-            rate = (step - mark[1]) * cfg.batch * cfg.length / max(now - mark[0] - paused, 1e-9)
-            mark, paused = (now, step), 0.0
-            if cfg.val_every and step % cfg.val_every == 0 and step < cfg.steps:
-                with run.averaged():
-                    val = score(model, run.corpus, world, 128, micro)
-            lr = cfg.lr * lr_factor(cfg, step - 1)
-            line = f"step {step}/{cfg.steps}  loss {means['loss']:.3f}" + (f"  {val_text(val)}" if val else "")
-            line += "".join(f"  {k} {means[k]:.3f}" for k in getattr(model, "log_keys", ()) if k in means)
-            line += f"  lr {lr:.1e}  gnorm {means['gnorm']:.2f}" + (f"  skipped {run.skipped}" if run.skipped else "")
-            eta = duration(sorted(times)[len(times) // 2] * (cfg.steps - step))
-            say(f"{line}  {count(rate)} tok/s{mfu(rate * flops, world)}  eta {eta}")
-            if world.rank == 0:
-                append_metrics(out, kind="train", step=step, tokens=step * cfg.batch * cfg.length, time=round(run.elapsed, 3),
-                               lr=lr, tok_s=round(rate), **means)
-                if val:
-                    append_metrics(out, kind="val", step=step, **val)
-        elif step % 10 == 0:
-            say.update(f"step {step}/{cfg.steps}  {1e3 * times[-1]:.0f} ms/step")
-        if cfg.sample_every and step % cfg.sample_every == 0 and step < cfg.steps:
+            gc.freeze()                     # the model's objects stay: the collector's rounds would stall ranks
+        if due(cfg.sample_every) and step < cfg.steps:
             with run.averaged():
-                ids = draw(model, run.corpus, 2, getattr(model, "default_steps", 64))
-            for i, row in enumerate(ids):
-                say(f"  sample {i + 1}| {show(run.corpus, row)[:150]}")
-            save_samples(out, world, step, run.corpus, ids)
-        if step % cfg.save_every == 0 or step == cfg.steps or signum:
+                run.show_samples(2, 150)
+        if due(cfg.save_every) or step == cfg.steps or signum:
             run.save()
         if signum:
-            say(f"{signal.Signals(signum).name}: saved at step {step}; the same command goes on from there")
-            if world.rank == 0:
-                append_metrics(out, kind="event", step=step, event="stop", signal=signum)
+            world.say(f"{signal.Signals(signum).name}: saved at step {step}; the same command goes on from there")
+            run.record("event", event="stop", signal=signum)
             return 128 + signum
-        paused += time.perf_counter() - now
     return 0
 
-def finish(run, say):
-    """The end of a run: the bound beside the references, four samples, and the next command."""
+def plot_curves(out, val_keys=()):
+    """curves.png: training loss and validation against steps; nothing where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure, records = Figure(figsize=(7, 4), layout="constrained"), read_metrics(out)
+    axes = figure.subplots()
+    for kind, key in (("train", "loss"), ("val", "value"), *(("val", k) for k in val_keys)):
+        points = [(r["step"], float(r[key])) for r in records if r["kind"] in (kind, "final") and key in r]
+        if points:
+            axes.plot(*zip(*points), label=f"{kind} {key}".removesuffix(" value"))
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.legend()
+    figure.savefig(out / "curves.png", dpi=120)
+
+def finish(run):
+    """The end of a run: the bound beside the references, four samples, curves.png, and the next command."""
+    world = run.world
     with run.averaged() as model:
-        val = score(model, run.corpus, run.world, 256, micro_batch(run.cfg, run.world))
-        ids = draw(model, run.corpus, 4, getattr(model, "default_steps", 64))
-    text = bound_text(val, run.corpus, model)
-    say(f"done in {duration(run.elapsed)}, {count(run.step * run.cfg.batch * run.cfg.length)} tokens, "
-        f"peak {peak_memory(run.world):.1f} GB\n{text}")
-    for i, row in enumerate(ids):
-        say(f"  sample {i + 1}| {show(run.corpus, row)[:200]}")
-    save_samples(run.out, run.world, run.step, run.corpus, ids)
-    if run.world.rank == 0:
-        append_metrics(run.out, kind="final", step=run.step, text=text, **val)
-    say(f"next: python {run.name}.py sample --watch   python {run.name}.py eval   (run folder {run.out})")
+        val = score(model, run.corpus, world, 256, micro_batch(run.cfg, world))
+        text = bound_text(val, run.corpus, model)
+        world.say(f"done in {duration(run.elapsed)}, {count(run.step * run.cfg.batch * run.cfg.length)} tokens, "
+                  f"peak {peak_memory(world):.1f} GB\n{text}")
+        run.show_samples(4, 200)
+    run.record("final", text=text, **val)
+    if world.rank == 0:
+        plot_curves(run.out, getattr(run.model, "val_keys", ()))
+    world.say(f"next: python {run.name}.py sample --watch   python {run.name}.py eval   (run folder {run.out})")
     return 0
 
 
@@ -1411,6 +1410,9 @@ def finish(run, say):
 
 def micro_batch(cfg, world):
     return max(1, cfg.batch // (world.size * cfg.accum))
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 @torch.no_grad()
 def score(model, corpus, world, rows, micro, split="val", seed=0, **options):
@@ -1422,32 +1424,30 @@ def score(model, corpus, world, rows, micro, split="val", seed=0, **options):
     total = corpus.n_rows(split)
     n = min(rows or total, total)
     index = np.linspace(0, total - 1, n).round().astype(np.int64)
-    names, sums = [], 0
+    sums = 0
     for b in range(-(-n // (micro * world.size))):      # every rank runs as many batches: collectives stay in step
         at = (b * world.size + world.rank) * micro + np.arange(micro)
-        batch = {k: v.to(world.device) for k, v in corpus.rows(split, index[at % n]).items()}
+        batch = to_device(corpus.rows(split, index[at % n]), world.device)
+        live, mask = torch.from_numpy(at < n).to(world.device).double(), batch.get("mask")
         reseed(seed, 2 ** 31, b, world.rank)
         if hasattr(model, "nll"):
-            live, mask = torch.from_numpy(at < n).to(world.device).double(), batch.get("mask")
             out = model.nll(batch["tokens"], mask, **options)
-            tokens = (torch.full_like(live, corpus.length) if mask is None else mask.sum(1)) * live
-            nll, names = out.pop("nll").double() * live, list(out)
-            part = [tokens, nll, nll ** 2, nll * tokens, tokens ** 2, live] + [v.double() * live for v in out.values()]
-            sums = sums + torch.stack([p.sum() for p in part])
+            tokens = torch.full_like(live, corpus.length) if mask is None else mask.sum(1)
         else:
-            batch["rows"] = Rows(seed, b, world.rank * micro, micro, micro * world.size)
-            metrics = model.loss(batch)[1]
-            names = [k for k in model.val_keys if k in metrics]
-            sums = sums + torch.stack([torch.ones((), device=world.device)] + [metrics[k] for k in names]).double()
+            metrics = model.loss(batch | {"rows": Rows(seed, b, world.rank * micro, micro, micro * world.size)})[1]
+            out, tokens = {k: metrics[k].expand(micro) for k in model.val_keys if k in metrics}, torch.ones_like(live)
+        names, nll = list(out), out.get("nll", tokens)
+        parts = [tokens, live, tokens * tokens, tokens * nll, nll * nll, *out.values()]
+        sums = sums + torch.stack([(p.double() * live).sum() for p in parts])
     if world.size > 1:
         dist.all_reduce(sums)
-    first, *s = sums.tolist()
-    if not hasattr(model, "nll"):
-        return {k: v / first for k, v in zip(names, s)} | dict(rows=n)
-    mean = s[0] / first
-    variance = max(0.0, s[1] - 2 * mean * s[2] + mean ** 2 * s[3])      # of the sum of nll_i - mean * tokens_i
-    return dict(value=mean, se=variance ** 0.5 / first, tokens=int(first), rows=int(s[4])) | {
-        k: v / first for k, v in zip(names, s[5:])}
+    tokens, rows, tt, tn, nn_, *totals = sums.tolist()
+    means = {k: v / tokens for k, v in zip(names, totals)}
+    if "nll" not in means:
+        return means | dict(rows=int(rows))
+    value = means.pop("nll")
+    variance = max(0.0, nn_ - 2 * value * tn + value ** 2 * tt)         # of the sum of nll_i - value * tokens_i
+    return dict(value=value, se=variance ** 0.5 / tokens, tokens=int(tokens), rows=int(rows)) | means
 
 @torch.no_grad()
 def draw(model, corpus, n, steps, seed=0, micro=32, length=0, known=None, known_mask=None, watch=None, **options):
@@ -1458,9 +1458,9 @@ def draw(model, corpus, n, steps, seed=0, micro=32, length=0, known=None, known_
         known, known_mask = corpus.known(n, length, device=next(model.parameters()).device)
     for i in range(0, n, micro):
         reseed(seed, 2 ** 31 + 1, i)
-        rows = slice(i, min(i + micro, n))
-        given = {k: None if v is None else v[rows] for k, v in (("known", known), ("known_mask", known_mask))}
-        parts.append(model.sample(rows.stop - i, length, steps, watch=watch, **given, **options).cpu())
+        k, m = (x if x is None else x[i:min(i + micro, n)] for x in (known, known_mask))
+        ids = model.sample(min(micro, n - i), length, steps, known=k, known_mask=m, watch=watch, **options)
+        parts.append(ids.cpu())
     return torch.cat(parts)
 
 def show(corpus, ids):
@@ -1485,38 +1485,35 @@ def bound_text(val, corpus, model, **options):
     if "value" not in val:
         return f"{val_text(val)} (this paper has no likelihood bound) | {tail}"
     name = model.describe_nll(**options) if hasattr(model, "describe_nll") else "bound"
-    below = refs["unigram"] - val["value"]
-    return (f"{name} {val['value']:.3f} ± {val['se']:.3f} nats/token, "
-            f"{val['value'] / math.log(2) / corpus.bytes_per_token('val'):.2f} bits/byte, {val['rows']} sequences | {tail} | "
-            f"{abs(below):.3f} {'below' if below > 0 else 'ABOVE'} unigram")
+    bits, below = val["value"] / math.log(2) / corpus.bytes_per_token("val"), refs["unigram"] - val["value"]
+    return (f"{name} {val['value']:.3f} ± {val['se']:.3f} nats/token, {bits:.2f} bits/byte, {val['rows']} sequences | "
+            f"{tail} | {abs(below):.3f} {'below' if below > 0 else 'ABOVE'} unigram")
 
-def load_run(Paper, Cfg, world, out, say):
+def load_run(Paper, Cfg, world, out=""):
     """(model with EMA weights, cfg, corpus, folder, step) of a run folder; without one, of the newest out/<paper>-*."""
     name = paper_name(Paper)
     if not out:
         runs = sorted(pathlib.Path("out").glob(f"{name}-*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
         if not runs:
-            raise UserError(f"no run of {name}.py under out/: train one with python {name}.py, or name a folder with --out=")
+            raise UserError(f"no run of {name}.py under out/: train one (python {name}.py) or name it with --out=")
         out = runs[-1].parent
-        say(f"run folder {out} (the newest; another with --out=)")
+        world.say(f"run folder {out} (the newest; another with --out=)")
     out = pathlib.Path(out)
-    ckpt = load_checkpoint(out / "ckpt.pt" if (out / "ckpt.pt").exists() else out / "ckpt.prev.pt", name)
+    ckpt = load_checkpoint(newest_checkpoint(out), name)
     cfg = dataclasses.replace(Cfg(**ckpt["config"]), init="", shard=False)
-    if world.device.type == "cpu":
-        torch.set_num_threads(cfg.threads)
-    corpus, model = load_corpus(Paper, cfg), build(Paper, cfg, world)
-    load_weights(model, {**ckpt["model"], **ckpt["ema"]}, out / "ckpt.pt")
+    corpus = load_corpus(Paper, cfg)
+    model = build(Paper, cfg, world, averaged_weights(ckpt), out / "ckpt.pt")
     compile_and_shard(model, cfg, world)
     return model.eval(), cfg, corpus, out, ckpt["step"]
 
 def sample(Paper, Cfg, options, world):
     """The `sample` verb: n texts, or with --watch the text while noise turns into words."""
-    say, o = Printer(world), dict(options)
+    o = dict(options)
     n, steps, length, seed, watching = (o.pop(k) for k in ("n", "steps", "length", "seed", "watch"))
     for key, value in (("n", n), ("steps", steps)):
         if value < 1:
             raise UserError(f"--{key}={value}: must be at least 1")
-    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, o.pop("out"), say)
+    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, o.pop("out"))
     if not 0 <= length <= cfg.length:
         raise UserError(f"--length={length}: the model was trained at length {cfg.length}")
     length = length or cfg.length
@@ -1524,58 +1521,54 @@ def sample(Paper, Cfg, options, world):
 
     def watch(k, tokens):
         lines = [show(corpus, row)[:110] for row in tokens[:4].cpu()]
-        if say.live:
-            print((f"\x1b[{len(lines) + 1}A" if k else "") + f"\x1b[Kstep {k}/{steps}\n"
-                  + "".join(f"\x1b[K  {t}\n" for t in lines), end="", flush=True)
-            time.sleep(0.05)                # slow enough to see
-        else:
-            say(f"step {k}/{steps}| {lines[0]}")
+        if not world.live:
+            return world.say(f"step {k}/{steps}| {lines[0]}")
+        up = f"\x1b[{len(lines) + 1}A" if k else ""
+        print(f"{up}\x1b[Kstep {k}/{steps}\n" + "".join(f"\x1b[K  {t}\n" for t in lines), end="", flush=True)
+        time.sleep(0.05)                    # slow enough to see
 
-    t0 = time.perf_counter()
-    ids = draw(model, corpus, n, steps, seed, micro_batch(cfg, world), length, known, mask, watch if watching else None, **o)
-    seconds = time.perf_counter() - t0
+    began, watch = time.perf_counter(), watch if watching else None
+    ids = draw(model, corpus, n, steps, seed, micro_batch(cfg, world), length, known, mask, watch, **o)
+    seconds = time.perf_counter() - began
     for i, row in enumerate(ids):
-        say(f"  sample {i + 1}| {show(corpus, row)}")
-    say(f"{n} x {length} tokens, {steps} steps, {seconds:.1f} s: {n * length / seconds:,.0f} tok/s, "
-        f"{1e3 * seconds / steps:.0f} ms/step; full text in {out / 'samples.txt'}")
-    save_samples(out, world, step, corpus, ids, f"steps={steps} seed={seed} " + " ".join(f"{k}={v}" for k, v in o.items()))
+        world.say(f"  sample {i + 1}| {show(corpus, row)}")
+    world.say(f"{n} x {length} tokens, {steps} steps, {seconds:.1f} s: {n * length / seconds:,.0f} tok/s, "
+              f"{1e3 * seconds / steps:.0f} ms/step; full text in {out / 'samples.txt'}")
+    note = " ".join(f"{k}={v}" for k, v in dict(steps=steps, seed=seed, **o).items())
+    save_samples(out, world, step, corpus, ids, note)
     return 0
 
 def evaluate(Paper, Cfg, options, world):
-    """The `eval` verb: bound over the split and zero-shot sets, diagnostics, generation metrics; one JSON line of all."""
-    say, o = Printer(world), dict(options)
-    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, o.pop("out"), say)
+    """The `eval` verb: bound on the split and on zero-shot sets, diagnostics, generation metrics; one JSON line."""
+    o = dict(options)
+    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, o.pop("out"))
     rows, n, steps, sets, gen, seed = (o.pop(k) for k in ("rows", "n", "steps", "sets", "gen_ppl", "seed"))
-    nll_options, how = ({k: v for k, v in o.items() if k in keyword_options(f)}
-                        for f in (getattr(Paper, "nll", None), Paper.sample))
-    rows, micro = rows or (64 if nll_options.get("likelihood") == "ode" else 0), micro_batch(cfg, world)
-    record = dict(kind="eval", step=step, **o)
-    for name in [cfg.data] + [s for s in sets.split(",") if s]:
-        t0, text = time.perf_counter(), corpus
+    of_nll, of_sample = ({k: v for k, v in o.items() if k in keyword_options(f)}
+                         for f in (getattr(Paper, "nll", None), Paper.sample))
+    rows, micro = rows or (64 if of_nll.get("likelihood") == "ode" else 0), micro_batch(cfg, world)
+    record, terms_only = dict(kind="eval", step=step, **o), {"value", "se", "rows", "tokens"}
+    for name in (cfg.data, *filter(None, sets.split(","))):
+        began, text = time.perf_counter(), corpus
         if name != cfg.data:
             text = data.load(name, tokenizer=cfg.tokenizer, length=cfg.length)
             if text.tokenizer != corpus.tokenizer or text.vocab > cfg.vocab:
                 raise UserError(f"--sets={name}: its tokenizer is {text.tokenizer} (V {text.vocab}), the model's "
                                 f"{corpus.tokenizer} (V {cfg.vocab})")
-        record[f"val/{name}"] = val = score(model, text, world, rows, micro, seed=seed, **nll_options)
-        say(f"{name}: {bound_text(val, text, model, **nll_options)} | {time.perf_counter() - t0:.0f} s")
-        terms = [f"{k} {v:.4f}" for k, v in val.items() if k not in ("value", "se", "rows", "tokens")]
-        say("  " + "  ".join(terms))
+        record[f"val/{name}"] = val = score(model, text, world, rows, micro, seed=seed, **of_nll)
+        world.say(f"{name}: {bound_text(val, text, model, **of_nll)} | {time.perf_counter() - began:.0f} s\n  "
+                  + "  ".join(f"{k} {v:.4f}" for k, v in val.items() if k not in terms_only))
     for line in model.diagnostics(corpus) if hasattr(model, "diagnostics") else ():
-        say("  " + line)
-    if n and corpus.conditional:
-        known, mask = corpus.known(min(n, corpus.n_rows("val")), cfg.length, "", "", world.device)
-        ids = draw(model, corpus, len(known), steps, seed, micro, known=known, known_mask=mask, **how)
-        record["pairs"], lines = corpus.pair_metrics(ids)
-    elif n:
-        ids = draw(model, corpus, n, steps, seed, micro, **how)
-        record["samples"], lines = corpus.sample_metrics(ids)
-        if gen:
+        world.say("  " + line)
+    if n:
+        n = min(n, corpus.n_rows("val")) if corpus.conditional else n
+        ids = draw(model, corpus, n, steps, seed, micro, **of_sample)
+        what, measure = ("pairs", corpus.pair_metrics) if corpus.conditional else ("samples", corpus.sample_metrics)
+        record[what], lines = measure(ids)
+        if gen and not corpus.conditional:
             texts = [corpus.decode(row.tolist()) for row in ids]
             record["gen_ppl"] = data.generative_perplexity(texts, gen, world.device)
             lines.append(f"generative perplexity under {gen}: {record['gen_ppl']:.2f} (read it with the entropy above)")
-    if n:
-        say(f"{len(ids)} samples, {steps} steps\n  " + "\n  ".join(lines))
+        world.say(f"{n} samples, {steps} steps\n  " + "\n  ".join(lines))
         save_samples(out, world, step, corpus, ids, f"eval steps={steps}")
     if world.rank == 0:
         append_metrics(out, **record)
@@ -1583,50 +1576,50 @@ def evaluate(Paper, Cfg, options, world):
 
 def bench(Paper, Cfg, presets, overrides, options, world):
     """The `bench` verb: step time, tokens/s, MFU and peak memory of training and sampling on random tokens."""
-    say, cfg = Printer(world), make_config(Cfg, presets, overrides.get("preset", "tiny"), overrides)
-    on_gpu = world.device.type == "cuda"
-    if not on_gpu:
-        torch.set_num_threads(cfg.threads)
+    cfg, on_gpu = make_config(Cfg, presets, overrides.get("preset", "tiny"), overrides), world.device.type == "cuda"
     cfg.vocab = cfg.vocab or data.load(cfg.data, tokenizer=cfg.tokenizer, length=cfg.length).vocab
     cfg.unigram_entropy = cfg.unigram_entropy or math.log(cfg.vocab)
-    run, times, n = Run(Paper, cfg, world, None, pathlib.Path(os.devnull)), [], micro_batch(cfg, world)
-    batch = {"tokens": torch.randint(cfg.vocab, (n, cfg.length), device=world.device),
-             "rows": Rows(0, 0, world.rank * n, n, n * world.size)}
-    batches = types.SimpleNamespace(get=lambda step, micro: dict(batch))       # the same random rows every step
-    say(f"{run.name} preset {cfg.preset}: batch {cfg.batch} x {cfg.length}, D {cfg.d_model}, {cfg.n_layer} blocks, "
-        f"V {cfg.vocab}, {count(sum(p.numel() for p in run.params))} parameters, torch {torch.__version__}")
+    run, n = Run(Paper, cfg, world, None, pathlib.Path(os.devnull)), micro_batch(cfg, world)
+    tokens = torch.randint(cfg.vocab, (n, cfg.length), device=world.device)
+    rows = Rows(0, 0, world.rank * n, n, n * world.size)
+    batches = types.SimpleNamespace(get=lambda step, micro: dict(tokens=tokens, rows=rows))     # the same at every step
+    world.say(f"{run.name} preset {cfg.preset}: batch {cfg.batch} x {cfg.length}, D {cfg.d_model}, "
+              f"{cfg.n_layer} blocks, V {cfg.vocab}, {count(sum(p.numel() for p in run.params))} parameters, "
+              f"torch {torch.__version__}")
 
     def timed(f, repeat=1):
-        t0 = time.perf_counter()
+        began = time.perf_counter()
         for _ in range(repeat):
             f()
         if on_gpu:
             torch.cuda.synchronize()
-        return (time.perf_counter() - t0) / repeat
+        return (time.perf_counter() - began) / repeat
 
-    for i in range(3 + options["iters"]):   # three steps to warm up; on a GPU groups of five between synchronisations
-        times.append(timed(lambda: run.train_step(batches), 5 if on_gpu else 1))
-    median, flops = float(np.median(times[3:])), flops_per_token(run.model, cfg)
+    # three steps to warm up; on a GPU groups of five between synchronisations
+    times = [timed(lambda: run.train_step(batches), 5 if on_gpu else 1) for _ in range(3 + options["iters"])][3:]
+    median, flops = float(np.median(times)), flops_per_token(run.model, cfg)
     rate = cfg.batch * cfg.length / median
-    say(f"train   {1e3 * median:.1f} ms/step (min {1e3 * min(times[3:]):.1f})  {count(rate)} tok/s  {flops / 1e6:.1f} "
-        f"MFLOP/token  {rate * flops / 1e12:.3f} TFLOP/s{mfu(rate * flops, world)}  peak {peak_memory(world):.2f} GB")
+    world.say(f"train   {1e3 * median:.1f} ms/step (min {1e3 * min(times):.1f})  {count(rate)} tok/s  "
+              f"{flops / 1e6:.1f} MFLOP/token  {rate * flops / 1e12:.3f} TFLOP/s{mfu(rate * flops, world)}  "
+              f"peak {peak_memory(world):.2f} GB")
     n, steps = options["sample_n"], options["sample_steps"]
     run.model.eval()
     with torch.no_grad():                   # the first of the two runs compiles
         seconds = [timed(lambda: run.model.sample(n, cfg.length, steps)) for _ in range(2)][1]
-    say(f"sample  {1e3 * seconds / steps:.1f} ms/step  {count(n * cfg.length / seconds)} tok/s at {n} x {cfg.length}, "
-        f"{steps} steps  {1e3 * seconds / (n * cfg.length):.2f} s per 1,000 tokens  peak {peak_memory(world):.2f} GB")
+    world.say(f"sample  {1e3 * seconds / steps:.1f} ms/step  {count(n * cfg.length / seconds)} tok/s at "
+              f"{n} x {cfg.length}, {steps} steps  {1e3 * seconds / (n * cfg.length):.2f} s per 1,000 tokens  "
+              f"peak {peak_memory(world):.2f} GB")
     return 0
 
 def main(Paper, Cfg, presets, argv=None):
     """Entry point of every paper file. Exit codes: 2 user error, 3 non-finite, 128 + signal, 1 a lost rank."""
     from torch.distributed.elastic.multiprocessing.errors import record
-    code = record(_main)(Paper, Cfg, presets, sys.argv[1:] if argv is None else argv)
+    code = record(run_verb)(Paper, Cfg, presets, sys.argv[1:] if argv is None else argv)
     if code:
         sys.exit(code)
 
-def _main(Paper, Cfg, presets, argv):
-    rank = int(os.environ.get("RANK", 0))
+def run_verb(Paper, Cfg, presets, argv):
+    """Run one command line; every foreseeable failure is one line on stderr and an exit code."""
     try:
         verb, overrides, options = parse(argv, Paper, Cfg, presets)
         world = start_world()
@@ -1645,7 +1638,8 @@ def _main(Paper, Cfg, presets, argv):
         if isinstance(e, RuntimeError):
             if not (dist.is_initialized() and re.search("onnection|NCCL|imed out|Broken pipe|closed by peer", text)):
                 raise
-            text, code = f"lost another rank ({text.splitlines()[0]}); the same command resumes from the last checkpoint", 1
+            text, code = f"lost another rank ({text.splitlines()[0]}); the same command goes on from the last save", 1
+        rank = int(os.environ.get("RANK", 0))
         print(f"[rank {rank}] " * (rank > 0) + f"{paper_name(Paper)}: {text}", file=sys.stderr, flush=True)
         return code
     finally:

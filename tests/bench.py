@@ -280,7 +280,7 @@ def measure(name, out, n=SAMPLES, steps=STEPS, rows=ROWS, iters=20):
     """Everything the table says about a trained row, from its checkpoint: bound, samples, step time, cost."""
     Paper, Cfg, _, _ = paper(name)
     world = common.start_world()
-    model, cfg, corpus, folder, step = common.load_run(Paper, Cfg, world, out / name, print)
+    model, cfg, corpus, folder, step = common.load_run(Paper, Cfg, world, out / name)
     micro, gpu = common.micro_batch(cfg, world), world.device.type == "cuda"
     flops = common.flops_per_token(model, cfg)
     row = dict(name=name, config=dataclasses.asdict(cfg), step=step,
@@ -454,7 +454,7 @@ def claims(argv):
             continue
         if loaded != name:
             Paper, Cfg, _, _ = paper(name)
-            model, cfg, corpus, _, _ = common.load_run(Paper, Cfg, world, out / name, print)
+            model, cfg, corpus, _, _ = common.load_run(Paper, Cfg, world, out / name)
             loaded, micro = name, common.micro_batch(cfg, world)
         if kind == "nll":
             val = common.score(model, corpus, world, o["rows"], micro, **how)

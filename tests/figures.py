@@ -141,7 +141,7 @@ def load(name, out):
     """(model with averaged weights, cfg, corpus) of a row of the table, or of the run folder `out` itself."""
     Paper, Cfg, _, _ = bench.paper(name)
     run = out if (out / "ckpt.pt").exists() else out / name
-    return common.load_run(Paper, Cfg, common.start_world(), run, lambda note: None)[:3]
+    return common.load_run(Paper, Cfg, common.start_world(), run)[:3]
 
 
 def record(name, out, n, steps, seed):

@@ -1,5 +1,6 @@
 """The shared rooms: backbone, vocabulary heads, draws over the global batch, Muon."""
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -148,3 +149,58 @@ def test_muon_skips_a_bad_step_and_is_transposition_invariant():
     opt.found_inf = torch.ones(())
     opt.step()
     assert torch.equal(a, before) and all(torch.equal(v, opt.state[a][k]) for k, v in state.items())
+
+
+# --- the training step -----------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class ToyConfig(common.Config):
+    bad_loss: float = 0.0           # added to the loss of step 1
+
+
+class Toy(torch.nn.Module):
+    """Fits w to 1. The loss of step 1 can be made non-finite while its gradient stays as it is."""
+    val_keys = ("error",)
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.w = cfg, torch.nn.Parameter(torch.zeros(3))
+
+    def loss(self, batch):
+        error = (self.w - 1).square().mean()
+        return error + (self.cfg.bad_loss if batch["rows"].step == 1 else 0.0), {"error": error.detach()}
+
+
+def toy_run(tmp_path, **keys):
+    cfg = common.make_config(ToyConfig, {"tiny": {}}, "tiny", dict(steps=4, warmup=0, lr=0.1, batch=4, length=4, **keys))
+    run = common.Run(Toy, cfg, common.World(), None, tmp_path)
+    batches = types.SimpleNamespace(get=lambda step, micro: {"rows": common.Rows(0, step, 0, 4, 4)})
+    return run, batches
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_even_when_its_gradient_is(tmp_path):
+    run, batches = toy_run(tmp_path, bad_loss=float("inf"))
+    weights = []
+    for _ in range(3):
+        run.train_step(batches)
+        weights.append(run.model.w.detach().clone())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    means = run.flush()
+    assert means["skipped"] == 1
+    assert means["loss"] == means["error"] < 1              # the mean of the two good steps, not inf
+
+
+def test_a_window_of_skipped_steps_reports_nan_and_counts(tmp_path):
+    run, batches = toy_run(tmp_path, bad_loss=float("nan"))
+    run.step = 1
+    run.train_step(batches)
+    means = run.flush()
+    assert means["loss"] != means["loss"] and means["skipped"] == 1 and run.bad == 1
+
+
+def test_score_of_a_paper_without_a_likelihood_is_the_mean_of_its_keys(tmp_path):
+    run, _ = toy_run(tmp_path)
+    corpus = types.SimpleNamespace(n_rows=lambda split: 10, length=4,
+                                   rows=lambda split, i: {"tokens": torch.zeros(len(i), 4, dtype=torch.int64)})
+    val = common.score(run.model, corpus, common.World(), 0, 4)
+    assert val == {"error": 1.0, "rows": 10}

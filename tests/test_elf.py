@@ -877,7 +877,7 @@ def test_lean_step_is_faster_and_smaller():
 def table(folder, n=64, seeds=3):
     """Judge nll / entropy (nats) of samples of the run in `folder`, over several time grids."""
     world = common.World()
-    model, cfg, corpus, *_ = common.load_run(elf.ELF, elf.Config, world, folder, print)
+    model, cfg, corpus, *_ = common.load_run(elf.ELF, elf.Config, world, folder)
     judge, held = corpus.judge(), corpus.rows("val", np.arange(n))["tokens"]
     print(f"held-out text {judge.nll(held):.2f}/{data.entropy(held):.2f}, judge nll / entropy in nats")
     for sampler, w in (("ode", 1.0), ("ode", 3.0), ("sde", 1.0), ("sde", 3.0)):

@@ -783,7 +783,7 @@ def test_toy_one_step_needs_the_flow_map(tmp_path, monkeypatch):
     run("--preset=toy", "--stage=distill", "--teacher=out/flm-toy/ckpt.pt")
     table = {}
     for name in ("flm-toy", "flm-toy-distill"):
-        model = common.load_run(flm.FLM, flm.Config, common.World(), f"out/{name}", print)[0]
+        model = common.load_run(flm.FLM, flm.Config, common.World(), f"out/{name}")[0]
         for steps in (1, 2, 4, 8, 16):
             valid, distance = table[name, steps] = diego_figures(model, steps)
             print(f"{name:16} {steps:3} steps: valid {valid:.3f}  TV {distance:.3f}")
