@@ -221,7 +221,7 @@ class TimeSampler(nn.Module):
         """Inverse distribution function: stratified u [B] in (0,1), float64 -> stratified t [B] in (0,1)."""
         pi = self.logits.double().softmax(0)
         cdf = pi.cumsum(0)
-        i = torch.searchsorted(cdf, u.contiguous()).clamp(max=len(pi) - 1)
+        i = torch.searchsorted(cdf, u.contiguous(), right=True).clamp(max=len(pi) - 1)  # never an empty one
         return ((i + (u - cdf[i] + pi[i]) / pi[i]) / len(pi)).clamp(1e-6, 1 - 1e-6)
 
 

@@ -598,6 +598,10 @@ def test_bucket_sampler_inverts_its_distribution_and_paired_weights_are_unbiased
     exact = (1 - math.cos(3)) / 3 + 2
     assert abs(float((d / p).mean()) - exact) < 1e-4                        # what loss does with `paired`
     assert abs(float(d.mean() * (1 / p).mean()) - exact) > 1e-2             # and with `as_coded`
+    empty = nfdm.TimeSampler(4)                     # buckets of no weight are never drawn, at the ends either
+    empty.logits.data = torch.tensor([-800.0, 0.0, 1.0, -800.0])
+    drawn = empty.draw(torch.tensor([0.0, 0.3, 0.9], dtype=torch.float64))
+    assert (drawn >= 0.25).all() and (drawn < 0.75).all() and (empty.density(drawn) > 0).all()
     # property 8: samples held fixed, the gradient of the moment is twice that of the integral of d^2 / p
     logits = times.logits.detach().clone().requires_grad_()
 
