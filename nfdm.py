@@ -25,7 +25,7 @@ The paper's full text was not available: the sources are its official code and t
 """
 import dataclasses
 import math
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn as nn
@@ -81,16 +81,27 @@ PRESETS = {
 
 
 # --- 2. fixed forward processes ------------------------------------------------------------------
-# One interface for all six: process(x [B,L,De], t [B] or [1]) -> mu, sigma, mu_dot, sigma_dot (broadcasting);
-# start(x) -> mu, sigma at t = 0; prior(x) [B] = KL(q(z_1|x) || N(0,I)) in nats. The loss knows no more.
+# One interface for all six: process(x [B,L,De], t [B] or [1]) -> Path; start(x) -> mu, sigma at t = 0;
+# prior(x) [B] = KL(q(z_1|x) || N(0,I)) in nats. The loss knows no more.
+
+
+class Path(NamedTuple):
+    """q(z_t|x) and its time derivatives: z_t = mu + sigma eps; all broadcast to x [B,L,De]."""
+    mu: torch.Tensor
+    sigma: torch.Tensor
+    mu_dot: Optional[torch.Tensor]          # None where a sampler asked for no tangent
+    sigma_dot: Optional[torch.Tensor]
+
+    def noise(self, z):
+        """eps that leads to z."""
+        return (z - self.mu) / self.sigma
 
 
 class Fixed(nn.Module):
     """z_t = alpha(t) x + sigma(t) eps; schedule(t [B,1,1]) gives alpha, sigma and their derivatives."""
-
     def forward(self, x, t, tangent=True):
         alpha, sigma, alpha_dot, sigma_dot = self.schedule(bc(t))
-        return alpha * x, sigma, alpha_dot * x, sigma_dot
+        return Path(alpha * x, sigma, alpha_dot * x, sigma_dot)
 
     def start(self, x):
         return self(x, x.new_zeros(1))[:2]
@@ -107,7 +118,6 @@ class Fixed(nn.Module):
 
 class Frozen(Fixed):
     """The learned process with m = s = 0: alpha = 1 - t, sigma = delta^(1-t)."""
-
     def __init__(self, delta):
         super().__init__()
         self.delta = delta
@@ -119,14 +129,12 @@ class Frozen(Fixed):
 
 class Line(Frozen):
     """Flow-matching line: alpha = 1 - t, sigma = t + delta (1-t). Published: delta = 0.01, a static g."""
-
     def schedule(self, t):
         return 1 - t, t + self.delta * (1 - t), -torch.ones_like(t), torch.full_like(t, 1 - self.delta)
 
 
 class Sqrt(Fixed):
     """Diffusion-LM's square root: alpha^2 = 1 - sqrt(u), sigma^2 = sqrt(u), u = t + 1e-4 (0.99 - t)."""
-
     def schedule(self, t):
         u, u_dot = t + 1e-4 * (0.99 - t), 1 - 1e-4
         alpha = torch.sqrt((u_dot * (1 - t) + 1e-6) / (1 + u.sqrt()))      # 1 - sqrt(u), keeping its digits
@@ -135,7 +143,6 @@ class Sqrt(Fixed):
 
 class VariancePreserving(Fixed):
     """alpha^2 = sigmoid(-gamma), sigma^2 = sigmoid(gamma); subclasses: gamma(t) -> gamma, gamma_dot."""
-
     def schedule(self, t):
         gamma, gamma_dot = self.gamma(t)
         alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
@@ -145,7 +152,6 @@ class VariancePreserving(Fixed):
 class VDM(VariancePreserving):
     """One scalar monotone gamma(t) = l + W3 sigmoid(W2 l + b2) + b3, l = W1 t + b1, weights through softplus,
     then moved and scaled to its ends (b3 cancels: it is here for its published name)."""
-
     def __init__(self, gamma_0=-10.0, gamma_1=10.0, hidden=1024):
         super().__init__()
         self.ends = gamma_0, gamma_1
@@ -163,7 +169,6 @@ class VDM(VariancePreserving):
 
 class MuLAN(VariancePreserving):
     """A gamma per position (no VAE context): monotone fifth-degree polynomials, [B,1,1] -> [B,L,1]."""
-
     def __init__(self, length, gamma_0=-10.0, gamma_1=10.0):
         super().__init__()
         self.ends = gamma_0, gamma_1
@@ -189,7 +194,6 @@ class Volatility(nn.Module):
     """g(t) = softplus(MLP(t)), one scalar for all positions and dimensions; returns g^2 [B,1,1].
     differs from the paper: the last layer starts at 0, with g = 1. Theirs gave g(0.5) = 0.03 or 0.9 by seed,
     and the loss goes with 1 / g^2."""
-
     def __init__(self, hidden=64):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(1, hidden), nn.SELU(), nn.Linear(hidden, hidden), nn.SELU(),
@@ -207,7 +211,6 @@ class Volatility(nn.Module):
 class TimeSampler(nn.Module):
     """Piecewise constant density of training times: pi = softmax(logits), p(t) = n pi[bucket of t].
     Trained by the estimator's second moment, mean((d/p)^2) with d held fixed: ends at p ~ sqrt(E[d^2|t])."""
-
     def __init__(self, buckets=100):
         super().__init__()
         self.logits = nn.Parameter(torch.ones(buckets))
@@ -353,7 +356,6 @@ class Head(nn.Module):
 
 class ForwardNet(nn.Module):
     """m(x,t), s(x,t) [B,L,De] and their time derivatives: the net of NFDM-G-AdaLN, parameter names theirs."""
-
     def __init__(self, d_embed, length, H, n_layer, n_head, mlp, dropout):
         super().__init__()
         if H % n_head:
@@ -382,7 +384,6 @@ class ForwardNet(nn.Module):
 
 class Learned(nn.Module):
     """mu = (1-t) x + t(1-t) m(x,t), log sigma = (1-t) ln delta + t(1-t) s(x,t) (NFDM, Gaussian form)."""
-
     def __init__(self, delta, net):
         super().__init__()
         self.delta, self.net = delta, net
@@ -393,8 +394,8 @@ class Learned(nn.Module):
         w, w_dot = t * (1 - t), 1 - 2 * t
         mu, sigma = (1 - t) * x + w * m, torch.exp((1 - t) * log_delta + w * s)
         if not tangent:
-            return mu, sigma, None, None
-        return mu, sigma, w_dot * m + w * dm - x, sigma * (w_dot * s + w * ds - log_delta)
+            return Path(mu, sigma, None, None)
+        return Path(mu, sigma, w_dot * m + w * dm - x, sigma * (w_dot * s + w * ds - log_delta))
 
     def start(self, x):
         return x, x.new_full((1, 1, 1), self.delta)
@@ -409,14 +410,13 @@ class Learned(nn.Module):
 def drift(eps, path, g2=0.0):
     """Backward drift f - g^2/2 score at noise eps: f = mu_dot + sigma_dot eps, score = -eps / sigma. Without
     g2 it is f, the velocity dz/dt along fixed noise. path = process(x, t)."""
-    _, sigma, mu_dot, sigma_dot = path
-    return mu_dot + sigma_dot * eps + 0.5 * g2 * eps / sigma
+    return path.mu_dot + path.sigma_dot * eps + 0.5 * g2 * eps / path.sigma
 
 
 def diffusion_element(eps, path, z, path_hat, g2):
     """(drift(x) - drift(x_hat))^2 / (2 g^2) per element [B,L,De], nats (base paper's code; its text: g^2/2).
     path_hat = process(x_hat): the reverse drift uses the PREDICTED variance too."""
-    return (drift(eps, path, g2) - drift((z - path_hat[0]) / path_hat[1], path_hat, g2)) ** 2 / (2 * g2)
+    return (drift(eps, path, g2) - drift(path_hat.noise(z), path_hat, g2)) ** 2 / (2 * g2)
 
 
 def nearest_rows(x, E):
@@ -429,7 +429,6 @@ def nearest_rows(x, E):
 
 class Predictor(nn.Module):
     """net(z [B,L,De], t) -> [B,L,De]: the published tanh projection, then the shared DiT; time x 1000."""
-
     def __init__(self, cfg):
         super().__init__()
         D = cfg.d_model
@@ -501,7 +500,7 @@ class NFDM(nn.Module):
     def diffusion(self, x, t, eps):
         """Diffusion term [B,L,De] in nats at t [B] with noise eps like x."""
         path = self.process(x, t)
-        z = path[0] + path[1] * eps
+        z = path.mu + path.sigma * eps
         return diffusion_element(eps, path, z, self.process(self.predict(z, t), t), self.g2(t))
 
     def loss(self, batch, t=None, noise=None):
@@ -595,7 +594,7 @@ class NFDM(nn.Module):
             with torch.enable_grad():
                 z, t = z.detach().requires_grad_(), z.new_full((1,), t)
                 path = self.process(self.predict(z, t), t)
-                f = drift((z - path[0]) / path[1], path)
+                f = drift(path.noise(z), path)
                 div = sum((v * torch.autograd.grad(f, z, v.expand_as(f), retain_graph=True)[0]).sum((1, 2))
                           for v in vs)
             return f.detach(), div / max(1, probes)
@@ -630,13 +629,13 @@ class NFDM(nn.Module):
         if sampler == "marginal":
             if s == 0:
                 return self.process.start(x_hat)[0], x_hat
-            mu, sigma, _, _ = self.process(x_hat, z.new_full((1,), s), tangent=False)
             if k < 1:
-                path = self.process(x_hat, time, tangent=False)
-                noise = math.sqrt(1 - k) * (z - path[0]) / path[1] + math.sqrt(k) * noise
-            return mu + sigma * noise, x_hat
+                eps = self.process(x_hat, time, tangent=False).noise(z)
+                noise = math.sqrt(1 - k) * eps + math.sqrt(k) * noise
+            path = self.process(x_hat, z.new_full((1,), s), tangent=False)
+            return path.mu + path.sigma * noise, x_hat
         path = self.process(x_hat, time)
-        eps = (z - path[0]) / path[1]
+        eps = path.noise(z)
         if sampler == "ode":
             return z - (t - s) * drift(eps, path), x_hat
         g2 = self.g2(time)
@@ -691,7 +690,7 @@ class NFDM(nn.Module):
         tenths = " ".join(f"{v:.2f}" for v in self.times.density(t).view(10, 10).mean(1).tolist())
         lines.append(f"g(t) {float(g.min()):.3f} .. {float(g.max()):.3f}; mean embedding norm {norm:.2f}; "
                      f"density of times by tenth of t {tenths}")
-        s = self.process(self.embed(tokens), t.new_full((1,), 0.5))[1].log()
+        s = self.process(self.embed(tokens), t.new_full((1,), 0.5)).sigma.log()
         over = float(s.mean(-1).std(1, correction=0).mean())
         return lines + [f"log sigma(x, 0.5): mean {float(s.mean()):.3f}, std over positions {over:.3f}"]
 
