@@ -813,7 +813,7 @@ def test_bound_falls_and_stays_above_the_entropy():
                   cond_dim=32, fwd_layers=1)
     test = rows(512)
     before = float(model.nll(test)["nll"].mean())
-    fit(model, rows, 200, 64, 6e-3)
+    fit(model, rows, 160, 64, 6e-3)
     nll = model.eval().nll(test, n_times=16)["nll"]
     after, error = float(nll.mean()), float(nll.std()) / 512**0.5
     assert entropy - 4 * error < after < 0.5 * before, (before, after, error, entropy)
