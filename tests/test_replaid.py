@@ -232,12 +232,15 @@ def test_training_step_matches_official_loss_and_gradients(prefix, monkeypatch):
 
 
 @pytest.mark.parametrize("prefix", ["plaid", "replaid"])
-def test_training_step_in_float32(prefix):
+def test_training_step_in_float32(prefix, monkeypatch):
     model = load(prefix, torch.float32)
     batch, draws, r = inject(model, prefix)
+    calls, _ = spy(model, monkeypatch)
     loss, m = model.loss(batch, **draws)
+    *query, scale = calls[-1]
+    x_hat = model.predict(*query, model.embedding_matrix(), scale)
     g = {k: v.double() for k, v in part(f"{prefix}/f32/").items()}
-    for ours, want in ((loss, g["loss"]), (m["prior"], g["prior_loss"]),
+    for ours, want in ((loss, g["loss"]), (m["prior"], g["prior_loss"]), (x_hat, g["x_reconst"]),
                        (m["recon"], g["reconst_loss"].mean()),
                        (m["diffusion"], g["diffusion_loss"][r:].mean())):
         torch.testing.assert_close(ours.double(), want, rtol=1e-5, atol=1e-5)
@@ -492,6 +495,7 @@ def test_bound_of_the_exact_posterior_is_entropy_plus_end_divergence():
     torch.testing.assert_close(simpson, terms[2], rtol=0, atol=1e-6)  # Simpson's own error
     torch.testing.assert_close(terms[0] + terms[1] + terms[2], terms[4], rtol=0, atol=1e-9)
     torch.testing.assert_close(terms[5], -(pi * pi.log()).sum())
+    torch.testing.assert_close(terms[4], terms[5] + G["theory/kl_aggregate"][-1], rtol=0, atol=1e-9)
     torch.testing.assert_close(prior, G["theory/kl_prior"][-1], rtol=0, atol=1e-12)
     slope = (ce[2:] - ce[:-2]) / (2 * h)  # dCE / dgamma, central
     torch.testing.assert_close(slope, integrand[1:-1], rtol=0, atol=2e-3)
@@ -777,9 +781,27 @@ def test_diffusion_integral_does_not_depend_on_the_schedule():
 # --- sampling, sizes, input ------------------------------------------------------------------------
 
 
+def test_time_grids():
+    for steps in (1, 3):
+        (t, s), (t_p, s_p) = replaid.time_grid(steps), replaid.time_grid(steps, "plaid")
+        assert t[0] == t_p[0] == 1 and s[-1] == 0 and torch.equal(t[1:], s[:-1])
+        torch.testing.assert_close(t - s, torch.full_like(t, 1 / steps))
+        moved = t_p > 0                                                 # the official update skips t = 0
+        torch.testing.assert_close((t_p - s_p)[moved], torch.full_like(t_p[moved], 1 / steps))
+        assert torch.equal(t_p[~moved], s_p[~moved]) and moved.sum() == max(steps - 1, 1)
+
+
+def test_the_sampler_state_is_float64_whatever_the_noise_is():
+    model, noise = build(), torch.randn(4, 2, 6, 4)
+    calls = record(model)
+    for given in (noise, noise.double()):
+        model.sample(2, 6, 3, noise=given)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(calls[:3], calls[3:]))
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "heun"])
 def test_samplers_with_the_oracle_return_the_text_and_hold_what_is_given(sampler):
-    model = build(d_embed=8, gamma_0=-6.0)
+    model = build(d_embed=8, gamma_0=-6)
     nn.init.zeros_(model.model.output_layer.linear.weight)
     nn.init.zeros_(model.model.output_layer.linear.bias)
     text, E = torch.randint(11, (3, 6)), model.embedding_matrix()
@@ -787,6 +809,7 @@ def test_samplers_with_the_oracle_return_the_text_and_hold_what_is_given(sampler
     model.predict = lambda z, gamma, x_sc, E, scale=1.0: E[text]
     out = model.sample(3, 6, 12, sampler=sampler, watch=lambda i, tokens: seen.append((i, tokens)))
     assert torch.equal(out, text) and torch.equal(seen[-1][1], text)
+    assert torch.equal(model.sample(3, 6, 1, sampler=sampler), text)        # in one step as well
     assert [i for i, _ in seen] == list(range(1, 13))
     model.predict = lambda z, gamma, x_sc, E, scale=1.0: torch.zeros_like(z)
     known, mask = torch.randint(11, (3, 6)), torch.rand(3, 6) < 0.5
@@ -801,6 +824,9 @@ def test_samplers_with_the_oracle_return_the_text_and_hold_what_is_given(sampler
     alpha, sigma = replaid.alpha_sigma(calls[-1][1])
     noise = (calls[-1][0] - alpha * E[known])[mask] / sigma         # and latents of the right noise level
     assert 0.5 < noise.std() < 1.6
+    model.gamma_bounds.gamma_0.data.fill_(5.0)                      # even where the argmax says otherwise
+    out = model.sample(3, 6, 2, sampler=sampler, known=known, known_mask=mask)
+    assert torch.equal(out[mask], known[mask])
 
 
 def test_guidance_raises_the_probability_it_is_asked_to_raise():
@@ -852,6 +878,25 @@ def test_parameter_counts_flops_and_steps_are_the_published_ones():
     for label, (d, n, h) in replaid.SIZES.items():                          # the formula, for all 28 labels
         shared = 49_408 + n * (12 * d * d + 781 * d) + d + d * 32_001 + 32_001 + 258 * d
         assert abs(shared / 1e6 / published[label] - 1) < 1e-3 + 0.05 / published[label] and d % (2 * h) == 0
+
+
+def test_presets_and_groups_hold_the_published_numbers():
+    both = dict(cond_dim=128, d_embed=16, gamma_0=-3.0, gamma_1=6.0, gate_init=0.0, clip=1.0, beta1=0.9,
+                adam_eps=1e-8, lr_embed=1e-2, lr_shape=1e-2, lr_bounds=1e-2, bias_ramp=5000, self_cond_every=4)
+    scaling = dict(length=2048, batch=256, vocab=32_001, lr=2e-4, min_lr=0.1, lr_schedule="cosine",
+                   beta2=0.95, warmup=1570, weight_decay=0.1, dropout=0.0, ema=0.0, d_model=896, n_layer=18,
+                   n_head=14)
+    owt = dict(length=1024, batch=512, steps=1_000_000, lr=3e-4, lr_schedule="constant", beta2=0.999,
+               warmup=2500, weight_decay=0.0, dropout=0.1, ema=0.9999, d_model=768, n_layer=12, n_head=12)
+    for preset, want in (("231M", scaling), ("owt", owt)):
+        cfg = Config(**replaid.PRESETS[preset])
+        assert {k: getattr(cfg, k) for k in both | want} == both | want
+    assert replaid.PRESETS["2121M"]["warmup"] == replaid.PRESETS["2121M"]["steps"] // 100 > 100
+    model = build(lr=2e-4, weight_decay=0.1)
+    decay = [g["lr"] * g["weight_decay"] for g in model.param_groups()]     # network, shape, ends, embedding
+    torch.testing.assert_close(torch.tensor(decay), torch.tensor([2e-5, 0, 1e-3, 0]))
+    forward = 2 * (12 * 2 * 16 ** 2 + 16 * 11 + 2 * 4 * 11 + 2 * 4 * 16)
+    assert [model.flops_per_token(train) / forward for train in (False, True)] == [1, 3.25]
 
 
 def test_bad_input_is_one_clear_line():
