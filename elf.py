@@ -17,21 +17,22 @@ One sampling step t -> s.  SDE: first a = 1 - churn (s - t), z <- a z + (1 - a) 
     x_hat = net([z; previous x_hat], t, w);  z <- z + (s - t) (x_hat - z) / (1 - t).  No churn in the last
     step; then one forward in decode mode and an argmax.
 
-Where paper and official code differ (SDE step, token head, law of w, noise on the condition of decode rows)
-this is the code's form, behind the published figures; --paper_form=true samples with the paper's SDE step.
-# differs from the official code, same numbers: the pass that makes the guided estimate is gone (it equals the
-main pass), the null pass runs on the rows that use it, each head on its own. Same law, less variance: role
-counts are fixed (--exact_bernoulli=true draws a coin per row), t and w are stratified over the global batch.
+# differs from the paper: SDE step, token head, law of w and the noise on the condition of decode rows are the
+official code's, behind the published figures; --paper_form=true samples with the paper's SDE step.
+# differs from the official code, same numbers: the guided estimate is the main pass itself, the null pass and
+each head run on the rows that use them. Same law, less variance: role counts are fixed
+(--exact_bernoulli=true draws a coin per row), t and w are stratified over the global batch.
 
     python elf.py                                   # characters, a table of Gaussian vectors; minutes
     python elf.py sample --steps=32 --sampler=sde --churn=1.5 --w=3
     python elf.py --preset=reverse                  # a conditional toy: a word, then the word backwards
-    torchrun --nproc_per_node=8 elf.py --preset=owt-b --t5=t5-small/model.safetensors
+    torchrun --nproc_per_node=8 elf.py --preset=owt-b --t5=model.safetensors      # or --t5=t5-small: fetched
     python elf.py --stage=distill --teacher=out/elf-tiny/ckpt.pt        # a few-step student
 """
 import dataclasses
 import math
 from collections import OrderedDict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Optional
 
@@ -40,11 +41,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import data
 from common import bc
 from data import UserError
 
 # --- 1. configuration ------------------------------------------------------------------------------
-
 
 @dataclasses.dataclass
 class Config(common.Config):
@@ -52,9 +53,10 @@ class Config(common.Config):
     lr: float = 2e-3                        # learning rate of Muon and of Nesterov-Adam
     ema_warmup: bool = False                # ELF's EMA has none
     encoder: str = "gauss"                  # gauss (frozen random table), t5 (weights from --t5) or t5-random
-    t5: str = ""                            # file with T5's weights: model.safetensors or pytorch_model.bin
+    t5: str = ""                            # T5's weights: a file, or t5-small, t5-base, t5-large: downloaded
     text_encoder_dim: int = 64              # width C of the embedding space
     t5_layers: int = 2                      # layers of encoder=t5-random
+    t5_cache: int = 0                       # MiB of T5's outputs to keep for rows that come again; 0 = none
     latent_mean: float = 0.0                # subtracted from the encoder's output
     latent_std: float = 0.0                 # and divided by; 0 = 0.2 for t5, 1 for gauss and t5-random
     bottleneck_dim: int = 32                # width between the embedding space and the backbone
@@ -113,7 +115,6 @@ for _n in (16, 8, 4, 2, 1):         # one epoch a round, then sampled with these
 
 # --- 2. encoders -----------------------------------------------------------------------------------
 
-
 def gauss_table(vocab, dim, seed):
     """Frozen table [V, C]: N(0, 1) entries, each row brought to mean 0 and std 1 (paper, D.3)."""
     E = torch.randn(vocab, dim, generator=torch.Generator().manual_seed(seed), device="cpu")
@@ -130,7 +131,7 @@ def t5_bucket(rel):
 
 
 class T5Encoder:
-    """The encoder of T5 as a function of Hugging Face's weights {name: tensor}, whose shapes give every size.
+    """The encoder of T5 v1.0 as a function of Hugging Face's weights {name: tensor}; shapes give every size.
 
     It is frozen and belongs to no module: checkpoints hold neither its weights nor averages of them.
     """
@@ -142,26 +143,24 @@ class T5Encoder:
 
     @staticmethod
     def random(vocab, dim, n_layer, seed):
-        """T5's own initialisation; q is smaller by the root of the head width: scores are not scaled."""
-        g, heads = torch.Generator().manual_seed(seed), max(1, dim // 64)
+        """T5's own initialisation: variance 1 / fan-in, for q over 64 more (scores are not scaled)."""
+        g, inner = torch.Generator().manual_seed(seed), 64 * max(1, dim // 64)          # heads are 64 wide
 
-        def normal(rows, cols, std):
-            return torch.randn(rows, cols, generator=g, device="cpu") * std
-        w = {"shared.weight": normal(vocab, dim, 1.0), "encoder.final_layer_norm.weight": torch.ones(dim),
-             T5Encoder.BIAS: normal(32, heads, dim ** -0.5)}
-        for i in range(n_layer):
-            p = f"encoder.block.{i}.layer."
-            w[p + "0.SelfAttention.q.weight"] = normal(dim, dim, (dim * (dim // heads)) ** -0.5)
-            for name in "kvo":
-                w[p + f"0.SelfAttention.{name}.weight"] = normal(dim, dim, dim ** -0.5)
-            w[p + "1.DenseReluDense.wi.weight"] = normal(4 * dim, dim, dim ** -0.5)
-            w[p + "1.DenseReluDense.wo.weight"] = normal(dim, 4 * dim, (4 * dim) ** -0.5)
-            w[p + "0.layer_norm.weight"], w[p + "1.layer_norm.weight"] = torch.ones(dim), torch.ones(dim)
+        def normal(rows, cols, precision):
+            return torch.randn(rows, cols, generator=g, device="cpu") / precision ** 0.5
+        w = {"shared.weight": normal(vocab, dim, 1), T5Encoder.BIAS: normal(32, inner // 64, dim),
+             "encoder.final_layer_norm.weight": torch.ones(dim)}
+        layer = {"0.SelfAttention.q": (inner, dim, 64 * dim), "0.SelfAttention.k": (inner, dim, dim),
+                 "0.SelfAttention.v": (inner, dim, dim), "0.SelfAttention.o": (dim, inner, inner),
+                 "1.DenseReluDense.wi": (4 * dim, dim, dim), "1.DenseReluDense.wo": (dim, 4 * dim, 4 * dim)}
+        for p in (f"encoder.block.{i}.layer." for i in range(n_layer)):
+            w |= {f"{p}{name}.weight": normal(*how) for name, how in layer.items()}
+            w |= {f"{p}{j}.layer_norm.weight": torch.ones(dim) for j in (0, 1)}
         return T5Encoder(w)
 
     @torch.no_grad()
     def __call__(self, ids, mask=None):
-        """Last hidden state [B, L, C] after the final norm; mask [B, L] of keys or [B, L, L]."""
+        """Last hidden state [B, L, C] after the final norm; mask [B, L, L]: which key each query sees."""
         if self.weights["shared.weight"].device != ids.device:
             self.weights = {k: v.to(ids.device) for k, v in self.weights.items()}
         w, (B, L), heads = self.weights, ids.shape, self.weights[self.BIAS].shape[1]
@@ -169,8 +168,7 @@ class T5Encoder:
         pos = torch.arange(L, device=ids.device)
         bias = F.embedding(t5_bucket(pos - pos[:, None]), w[self.BIAS]).permute(2, 0, 1)[None]
         if mask is not None:
-            mask = mask[:, None] if mask.dim() == 3 else mask[:, None, None]
-            bias = torch.where(mask.bool(), bias, torch.finfo(bias.dtype).min)
+            bias = torch.where(mask[:, None], bias, torch.finfo(bias.dtype).min)
         for i in range(self.n_layer):
             p = f"encoder.block.{i}.layer."
             y = F.rms_norm(x, x.shape[-1:], w[p + "0.layer_norm.weight"], 1e-6)
@@ -184,23 +182,31 @@ class T5Encoder:
         return F.rms_norm(x, x.shape[-1:], w["encoder.final_layer_norm.weight"], 1e-6)
 
 
-def load_t5(path, dim, vocab):
-    """T5Encoder from a local file, checked against the width C and the vocabulary that the model wants."""
+def make_t5(cfg):
+    """The encoder of cfg: random, from a file, or (t5-small, t5-base, t5-large) fetched once to corpora/."""
+    path, dim, vocab = cfg.t5, cfg.text_encoder_dim, cfg.vocab
+    if cfg.encoder == "t5-random":
+        return T5Encoder.random(vocab, dim, cfg.t5_layers, cfg.seed)
     if not path:
         raise UserError("encoder=t5 needs the weights of a T5 encoder: --t5=FILE (model.safetensors or "
-                        "pytorch_model.bin of google-t5/t5-small); --encoder=gauss needs none")
-    weights = common.load_published(path)
-    if "encoder.embed_tokens.weight" in weights:            # the same tensor under its other name
-        weights["shared.weight"] = weights["encoder.embed_tokens.weight"]
-    for name in ("shared.weight", T5Encoder.BIAS, "encoder.final_layer_norm.weight"):
-        if name not in weights:
-            raise UserError(f"{path} is not a T5 encoder: it holds no tensor {name}")
-    rows, width = weights["shared.weight"].shape
-    if width != dim:
-        raise UserError(f"the T5 encoder in {path} is {width} wide, the model wants text_encoder_dim={dim}")
-    if rows < vocab:
-        raise UserError(f"the T5 encoder in {path} has {rows} token vectors, the model wants vocab={vocab}")
-    return T5Encoder(weights)
+                        "pytorch_model.bin), or --t5=t5-small to download them; --encoder=gauss needs none")
+    if path in ("t5-small", "t5-base", "t5-large"):
+        path = Path("corpora", f"{cfg.t5}.safetensors")
+        if not path.exists():
+            if torch.distributed.is_initialized():
+                raise UserError(f"{path} is not there: start once without torchrun to download it")
+            path.parent.mkdir(exist_ok=True)
+            data.download(data.HUB_FILES.format(f"google-t5/{cfg.t5}", "model.safetensors"), path)
+    t5 = T5Encoder(common.load_published(path))
+    try:
+        width = t5(torch.zeros(1, 1, dtype=torch.int64)).shape[1:].numel()      # one token through all layers
+    except (KeyError, RuntimeError) as e:
+        raise UserError(f"{path} is not an encoder of T5 v1.0: {e!r}") from None
+    rows = len(t5.weights["shared.weight"])
+    if width != dim or rows < vocab:
+        raise UserError(f"the T5 encoder in {path} is {width} wide and has {rows} token vectors; the model "
+                        f"wants text_encoder_dim={dim}, vocab={vocab}")
+    return t5
 
 
 def encoder_mask(valid, cond, drop=None):
@@ -208,12 +214,11 @@ def encoder_mask(valid, cond, drop=None):
 
     valid, cond [B, L] bool. Rows of `drop` [B] also hide the condition from the target.
     """
-    seen = valid[:, None] & ~cond[:, :, None] | cond[:, None] & cond[:, :, None]
-    return seen if drop is None else seen & ~(drop[:, None, None] & ~cond[:, :, None] & cond[:, None])
+    keys = valid if drop is None else valid & ~(cond & drop[:, None])
+    return torch.where(cond[:, :, None], cond[:, None], keys[:, None])
 
 
 # --- 3. times and interpolant ----------------------------------------------------------------------
-
 
 def logit_normal(normals, mean, std):
     """Times sigmoid(mean + std * n) from standard normals."""
@@ -241,24 +246,20 @@ def time_grid(steps, kind, mean, std, normals=None, device=None):
         return torch.linspace(0, 1, steps + 1, device=device)
     if kind != "logit_normal":
         raise UserError(f"grid={kind}: logit_normal or uniform")
-    if normals is None:
-        normals = torch.randn(steps - 1, device=device)
-    ends = torch.zeros(1, device=normals.device, dtype=normals.dtype)
-    return torch.cat([ends, logit_normal(normals, mean, std).sort().values, ends + 1])
+    normals = torch.randn(steps - 1, device=device) if normals is None else normals
+    return F.pad(F.pad(logit_normal(normals, mean, std).sort().values, (1, 0)), (0, 1), value=1.0)
 
 
 def renoise(z, t, s, churn, sigma, eps):
     """Back in time before a step t -> s: a = 1 - churn (s - t), z <- a z + (1 - a) sigma eps, t <- a t.
 
-    The noises add linearly, so z ends up quieter than the nominal (1 - a t) sigma: a mild temperature, which
-    the official code has and the published figures rest on.
+    The noises add linearly: z is quieter than (1 - a t) sigma, as if cooled. Published figures rest on it.
     """
     a = (1 - churn * (s - t)).clamp(0, 1)
     return a * z + (1 - a) * sigma * eps, a * t
 
 
 # --- 4. network ------------------------------------------------------------------------------------
-
 
 def rotate_pairs(x, cos, sin):
     """Rotary embedding of x [B, heads, L, d] on interleaved pairs (2i, 2i + 1); cos and sin [L, d / 2]."""
@@ -324,10 +325,9 @@ class NesterovAdam(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             params, (b1, b2) = group["params"], group["betas"]
-            for p in params:
-                if not self.state[p]:
-                    zero = torch.zeros_like(p)
-                    self.state[p] = dict(step=common.local(zero).new_zeros(()), m=zero, n=zero.clone())
+            for p in (p for p in params if not self.state[p]):
+                zero = torch.zeros_like(p)
+                self.state[p] = dict(step=common.local(zero).new_zeros(()), m=zero, n=zero.clone())
             ms, ns, steps = ([self.state[p][k] for p in params] for k in ("m", "n", "step"))
             gs = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             params, ms, ns, gs = ([common.local(x) for x in xs] for xs in (params, ms, ns, gs))     # of FSDP2
@@ -345,13 +345,11 @@ class NesterovAdam(torch.optim.Optimizer):
 
 # --- 5. ELF ----------------------------------------------------------------------------------------
 
-
 def room(share, n_local, n_global):
     """Rows to reserve for a role of this share: as many as a rank can meet (up to 6 standard deviations)."""
-    most, mean = math.ceil(share * n_global - 1e-6), share * n_local
-    if n_local < n_global:
-        most = min(most, n_local, math.ceil(mean + 6 * math.sqrt(mean * (1 - share)) - 1e-6))
-    return most
+    mean = share * n_local
+    most = min(share * n_global, mean + 6 * math.sqrt(mean * (1 - share)))
+    return min(n_local, math.ceil(most - 1e-6))
 
 
 def cut(ids, eos, pad, keep=None):
@@ -369,31 +367,26 @@ class ELF(nn.Module):
         D, C, head_dim = cfg.d_model, cfg.text_encoder_dim, cfg.d_model // cfg.n_head
         if cfg.d_model % (2 * cfg.n_head):
             raise UserError(f"d_model={D} is not a multiple of 2 * n_head={2 * cfg.n_head}")
-        if cfg.dropout or not -1 < cfg.self_cond_cfg_min <= cfg.self_cond_cfg_max:
-            raise UserError("dropout must be 0 and -1 < self_cond_cfg_min <= self_cond_cfg_max")
-        self.cfg, self.amp, self._teacher, self._t5 = cfg, False, None, None
+        if cfg.dropout or not 0 < cfg.self_cond_cfg_min <= cfg.self_cond_cfg_max or not cfg.num_time_tokens:
+            raise UserError("dropout must be 0, num_time_tokens not, and 0 < self_cond_cfg_min <= ..._max")
+        self.cfg, self.amp, self._teacher, self._t5, self._rows = cfg, False, None, None, {}
         if cfg.encoder == "gauss":
             self.register_buffer("E", gauss_table(cfg.vocab, C, cfg.seed))
-        elif cfg.encoder == "t5-random":
-            self._t5 = T5Encoder.random(cfg.vocab, C, cfg.t5_layers, cfg.seed)
-        elif cfg.encoder != "t5":
+        elif cfg.encoder not in ("t5", "t5-random"):
             raise UserError(f"encoder={cfg.encoder}: gauss, t5 or t5-random")
-        elif cfg.t5:                        # without a file the model still samples; `encode` asks for it
-            self._t5 = load_t5(cfg.t5, C, cfg.vocab)
         self.latent_std = cfg.latent_std or (0.2 if cfg.encoder == "t5" else 1.0)
 
-        def tokens(n):
-            return nn.Parameter(0.02 * torch.randn(1, n, D))
         # Names and layouts are those of the published PyTorch checkpoints; the two kernels are [in, out].
         self.self_cond_proj = linear(2 * C, C)
         self.text_proj = nn.Sequential(OrderedDict(proj1=linear(C, cfg.bottleneck_dim, bias=False),
                                                    proj2=linear(cfg.bottleneck_dim, D)))
         self.t_embedder = scalar_embedder(D)
-        self.t_emb_tokens = tokens(cfg.num_time_tokens)
+        self.t_emb_tokens = nn.Parameter(0.02 * torch.randn(1, cfg.num_time_tokens, D))
         if cfg.num_self_cond_cfg_tokens:
             self.self_cond_cfg_embedder = scalar_embedder(D)
-            self.self_cond_cfg_tokens = tokens(cfg.num_self_cond_cfg_tokens)
-        self.mode_tokens = tokens(cfg.num_model_mode_tokens)
+            self.self_cond_cfg_tokens = nn.Parameter(0.02 * torch.randn(1, cfg.num_self_cond_cfg_tokens, D))
+        if cfg.num_model_mode_tokens:
+            self.mode_tokens = nn.Parameter(0.02 * torch.randn(1, cfg.num_model_mode_tokens, D))
         self.blocks = nn.ModuleList(Block(D, cfg.n_head, cfg.mlp_ratio) for _ in range(cfg.n_layer))
         self.final_layer = nn.Sequential(OrderedDict(norm_final=nn.RMSNorm(D, eps=1e-6), linear=linear(D, C)))
         nn.init.zeros_(self.final_layer.linear.weight)      # x_hat = 0 at the start
@@ -407,35 +400,51 @@ class ELF(nn.Module):
         self.register_buffer("cos", F.pad(cos, (0, 0, self.n_control, 0), value=1.0), persistent=False)
         self.register_buffer("sin", F.pad(sin, (0, 0, self.n_control, 0)), persistent=False)
 
-    def encode(self, tokens, valid, cond, drop=None):
-        """Normalised latents x [B, L, C] of tokens [B, L]; masks as in `encoder_mask`."""
-        if self.cfg.encoder == "gauss":
-            x = F.embedding(tokens, self.E)
-        else:
-            if self._t5 is None:
-                self._t5 = load_t5(self.cfg.t5, self.cfg.text_encoder_dim, self.cfg.vocab)
-            with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                x = self._t5(tokens, encoder_mask(valid, cond, drop))
+    def encoder(self):
+        """The frozen T5, loaded when first needed: sampling without a condition does without its file."""
+        self._t5 = self._t5 or make_t5(self.cfg)
+        return self._t5
+
+    def t5(self, tokens, valid, cond, drop):
+        """T5's output for `encode`; with --t5_cache the rows of a small corpus are encoded once, then kept.
+
+        One by one: a row's last bits must not depend on its neighbours, or resuming would not be exact.
+        """
+        mask, out = encoder_mask(valid, cond, drop), []
+        if not self.cfg.t5_cache:
+            return self.encoder()(tokens, mask)
+        keys = tokens * 8 + valid * 4 + cond * 2 + (0 if drop is None else drop[:, None])       # one for one
+        for key, row, seen in zip(map(bytes, keys.cpu().numpy()), tokens, mask):
+            out.append(self._rows[key] if key in self._rows else self.encoder()(row[None], seen[None])[0])
+            if len(self._rows) * out[-1].nbytes < self.cfg.t5_cache * 2 ** 20:
+                self._rows[key] = out[-1]
+        return torch.stack(out)
+
+    def encode(self, ids, valid, cond, drop=None):
+        """Normalised latents x [B, L, C] of ids [B, L]; masks as in `encoder_mask`."""
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            x = F.embedding(ids, self.E) if self.cfg.encoder == "gauss" else self.t5(ids, valid, cond, drop)
         return (x.to(self.proj_bias.dtype) - self.cfg.latent_mean) / self.latent_std
 
     def net(self, z, half, t, w, gate):
-        """Hidden states [B, L, D] of z and the self-conditioning half, both [B, L, C] (None: no projection).
+        """Hidden states [B, L, D] of z and the self-conditioning half, both [B, L, C].
 
         t, w [B]; gate [B] is 1 in decode mode and 0 in denoise mode, where the mode tokens are zero vectors.
         """
         n = z.shape[1] + self.n_control
         if n > len(self.cos):
             raise UserError(f"{z.shape[1]} tokens are more than the model's length={self.cfg.length}")
-        x = z if half is None else self.self_cond_proj(torch.cat([z, half], dim=-1))
+        x = self.self_cond_proj(torch.cat([z, half], dim=-1)) if self.cfg.self_cond_prob else z
         parts = [self.t_emb_tokens + self.t_embedder(common.sinusoid(t).to(x.dtype))[:, None]]
         if self.cfg.num_self_cond_cfg_tokens:
             scale = self.self_cond_cfg_embedder(common.sinusoid(w).to(x.dtype))
             parts.append(self.self_cond_cfg_tokens + scale[:, None])
-        parts += [self.mode_tokens * bc(gate.to(x.dtype)), self.text_proj(x)]
-        h, cos, sin = torch.cat(parts, dim=1), self.cos[:n], self.sin[:n]               # h [B, n, D]
+        if self.cfg.num_model_mode_tokens:
+            parts.append(self.mode_tokens * bc(gate.to(x.dtype)))
+        h = torch.cat(parts + [self.text_proj(x)], dim=1)                               # [B, n, D]
         with torch.autocast(h.device.type, dtype=torch.bfloat16, enabled=self.amp):     # residual in float32
             for block in self.blocks:
-                h = block(h, cos, sin)
+                h = block(h, self.cos[:n], self.sin[:n])
         return h[:, self.n_control:]
 
     def token_features(self, h):
@@ -443,7 +452,6 @@ class ELF(nn.Module):
         return F.gelu(h @ self.proj_kernel + self.proj_bias, approximate="tanh")
 
     # Training --------------------------------------------------------------------------------------
-
     def corrupt(self, batch, t=None, noise=None, coins=None, span=0.0):
         """What a step needs before its first pass, rows sorted by role: decode, plain, self-conditioned.
 
@@ -451,11 +459,10 @@ class ELF(nn.Module):
         denoise rows, `sc` all self-conditioned ones; what else is in a slice has weight 0. Draws that may be
         given: t [B], coins dict(decode, sc[, drop] [B]), noise dict(eps [B, L, C], p [B, L], w [B]).
         """
-        cfg, tokens, noise = self.cfg, batch["tokens"], noise or {}
+        cfg, tokens = self.cfg, batch["tokens"]
         if "cond_len" in batch and not cfg.max_input_length:
-            raise UserError("the corpus holds (source, target) pairs: give --max_input_length=N, the longest "
-                            "source to keep, or start from --preset=reverse")
-        (B, L), device, dtype = tokens.shape, tokens.device, self.proj_bias.dtype
+            raise UserError("a corpus of pairs needs --max_input_length=N, the longest source to keep")
+        (B, L), device, like = tokens.shape, tokens.device, self.proj_bias
         rows = batch.get("rows") or common.Rows.default(B)
         dec, sc = cfg.decoder_prob, (1 - cfg.decoder_prob) * cfg.self_cond_prob
         drop = rows.uniform(3, device) < cfg.label_drop_prob
@@ -467,23 +474,18 @@ class ELF(nn.Module):
             coins = coins or dict(decode=u[0] < cfg.decoder_prob, sc=u[1] < cfg.self_cond_prob)
             role, drop = torch.where(coins["decode"], 0, 1 + coins["sc"].long()), coins.get("drop", drop)
             sizes = [B, B, B if cfg.self_cond_prob else 0]
-        if t is None:                   # stratified; the normal quantile is taken in float64
-            normals = torch.special.ndtri(rows.uniform(1, device)).to(dtype)
-            t = logit_normal(normals, cfg.denoiser_p_mean, cfg.denoiser_p_std) * max(1 - span, 1e-6)
-        w, p, eps = (noise.get(k) for k in ("w", "p", "eps"))
-        if w is None:
-            u = rows.uniform(2, device).to(dtype)
-            w = guidance_scale(u, cfg.self_cond_cfg_min, cfg.self_cond_cfg_max)
-        if p is None:
-            normals = torch.randn(B, L, device=device, dtype=dtype)
-            p = logit_normal(normals, cfg.decoder_p_mean, cfg.decoder_p_std)
-        if eps is None:
-            eps = torch.randn(B, L, cfg.text_encoder_dim, device=device, dtype=dtype)
+        drawn = dict(                   # t and w are stratified; the normal quantile is taken in float64
+            t=logit_normal(torch.special.ndtri(rows.uniform(1, device)).to(like),
+                           cfg.denoiser_p_mean, cfg.denoiser_p_std) * max(1 - span, 1e-6),
+            w=guidance_scale(rows.uniform(2, device).to(like), cfg.self_cond_cfg_min, cfg.self_cond_cfg_max),
+            p=logit_normal(like.new_empty(B, L).normal_(), cfg.decoder_p_mean, cfg.decoder_p_std),
+            eps=like.new_empty(B, L, cfg.text_encoder_dim).normal_()) | (noise or {})
+        t, w, p, eps = drawn["t"] if t is None else t, drawn["w"], drawn["p"], drawn["eps"]
 
-        order = role.argsort(stable=True)
-        tokens, role, drop, t, w, p, eps = (y[order] for y in (tokens, role, drop, t, w, p, eps))
-        valid = batch["mask"][order] if "mask" in batch else torch.ones_like(tokens, dtype=torch.bool)
-        cond_len = batch["cond_len"][order] if "cond_len" in batch else torch.zeros_like(role)
+        valid = batch.get("mask", torch.ones_like(tokens, dtype=torch.bool))
+        cond_len, order = batch.get("cond_len", torch.zeros_like(role)), role.argsort(stable=True)
+        tokens, valid, cond_len, role, drop, t, w, p, eps = (
+            y[order] for y in (tokens, valid, cond_len, role, drop, t, w, p, eps))
         cond = torch.arange(L, device=device) < cond_len[:, None]                               # [B, L]
         count = ~cond if cfg.pad_in_loss else valid & ~cond
         total = count.sum()             # the global batch's, scaled to this chunk: the loop averages chunks
@@ -496,8 +498,9 @@ class ELF(nn.Module):
         decode = role == 0
         # One interpolation for both kinds of row; p = 1 keeps the condition clean, except on decode rows.
         p = torch.where(decode[:, None], p, torch.where(cond, 1.0, t[:, None]))[..., None]
-        sigma, cond = torch.where(decode, cfg.decoder_noise_scale, cfg.denoiser_noise_scale), cond[..., None]
-        z, pinned = interpolate(x, eps, p, bc(sigma)), x.masked_fill(~cond, 0)      # pinned: the null half
+        sigma = torch.full_like(t, cfg.decoder_noise_scale).where(decode, cfg.denoiser_noise_scale)
+        z, cond = interpolate(x, eps, p, bc(sigma)), cond[..., None]
+        pinned = x.masked_fill(~cond, 0)                                            # the null half
         dec, den, sc = slice(0, sizes[0]), slice(B - sizes[1], B), slice(B - sizes[2], B)
         return SimpleNamespace(
             order=order, tokens=tokens, x=x, z=z, t=t, w=w, decode=decode, guided=role == 2, cond=cond,
@@ -505,14 +508,14 @@ class ELF(nn.Module):
 
     def first_estimate(self, s):
         """x_u [n, L, C] of the rows s.sc, without gradient, and the half that it makes [B, L, C]."""
-        if s.sc.start == s.sc.stop:
-            return None, None
-        with torch.no_grad():
-            h = self.net(s.z[s.sc], s.pinned[s.sc], s.t[s.sc], s.w[s.sc], torch.zeros_like(s.t[s.sc]))
-            x_u = self.final_layer(h)
-        half = s.pinned.masked_fill(bc(s.decode), 0)
-        estimate = torch.where(s.cond[s.sc] | ~bc(s.guided[s.sc]), half[s.sc], x_u)
-        return x_u, torch.cat([half[:s.sc.start], estimate])
+        half, x_u = s.pinned.masked_fill(bc(s.decode), 0), s.x[s.sc]
+        if len(x_u):
+            with torch.no_grad():
+                off = torch.zeros_like(s.t[s.sc])
+                x_u = self.final_layer(self.net(s.z[s.sc], s.pinned[s.sc], s.t[s.sc], s.w[s.sc], off))
+            estimate = torch.where(s.cond[s.sc] | ~bc(s.guided[s.sc]), half[s.sc], x_u)
+            half = torch.cat([half[:s.sc.start], estimate])
+        return x_u, half
 
     def main_pass(self, s, half, weight):
         """The pass with gradient: x_hat of the rows s.den; of s.dec the sum of weight * nll, and nll."""
@@ -535,10 +538,10 @@ class ELF(nn.Module):
 
         # Target x*. The guided estimate is net([z; x_u]), which is this very pass: no third forward.
         target = s.x[s.den]
-        if x_u is not None and cfg.num_self_cond_cfg_tokens:
-            n = len(x_u)
-            guide = bc(s.guided[s.sc] * (1 - 1 / s.w[s.sc])) * (x_hat[-n:].detach() - x_u)
-            target = torch.cat([target[:-n], target[-n:] + guide])
+        if cfg.num_self_cond_cfg_tokens:
+            n = len(target) - len(x_u)
+            guide = bc(s.guided[s.sc] * (1 - 1 / s.w[s.sc])) * (x_hat[n:].detach() - x_u)
+            target = torch.cat([target[:n], target[n:] + guide])
         # Velocity loss in x-space: z cancels, |v_hat - v*|^2 = |x_hat - x*|^2 / (1 - t)^2.
         count = (s.count & ~s.decode[:, None])[s.den].to(s.t.dtype)
         weight = count / (1 - s.t[s.den, None]).clamp_min(cfg.t_eps) ** 2
@@ -549,6 +552,8 @@ class ELF(nn.Module):
     def param_groups(self):
         """Muon for every 2-D tensor (embedders, projections, unembedding too), Nesterov-Adam for the rest."""
         cfg, params = self.cfg, list(self.parameters())
+        if cfg.encoder != "gauss":
+            self.encoder()                  # training will need it: tell of a bad file before anything else
         return [dict(params=[p for p in params if p.dim() == 2], lr=cfg.lr, optimizer=common.Muon,
                      bias_correction=True, transposed=[self.proj_kernel, self.unembed_kernel]),
                 dict(params=[p for p in params if p.dim() != 2], lr=cfg.lr, optimizer=NesterovAdam,
@@ -561,16 +566,14 @@ class ELF(nn.Module):
 
     def flops_per_token(self, train):
         """FLOP per text token; in training the null pass and the token head run on their share of rows."""
-        cfg, longer = self.cfg, 1 + self.n_control / self.cfg.length
-        trunk = 2 * longer * (sum(p.numel() for p in self.blocks.parameters())
-                              + 2 * cfg.n_layer * cfg.d_model * (cfg.length + self.n_control))
+        cfg, n = self.cfg, self.cfg.length + self.n_control         # positions that the blocks see
+        trunk = 2 * n / cfg.length * (sum(p.numel() for p in self.blocks.parameters())
+                                      + 2 * cfg.n_layer * cfg.d_model * n)
         head = 2 * (self.proj_kernel.numel() + self.unembed_kernel.numel())
-        if not train:
-            return trunk
-        return (3 + (1 - cfg.decoder_prob) * cfg.self_cond_prob) * trunk + 3 * cfg.decoder_prob * head
+        null = (1 - cfg.decoder_prob) * cfg.self_cond_prob
+        return (3 + null) * trunk + 3 * cfg.decoder_prob * head if train else trunk
 
     # Progressive distillation (v2, appendix B) -----------------------------------------------------
-
     def attach_teacher(self, teacher, fresh):
         """Keep the teacher outside the module registry; a fresh student starts from it, or from --init."""
         self._teacher = [teacher]
@@ -584,19 +587,17 @@ class ELF(nn.Module):
         """
         cfg, teacher, span = self.cfg, self._teacher[0], 1 / self.cfg.student_steps
         K = cfg.teacher_steps or max(1, round(64 / cfg.student_steps))
-        x, z, t, w, cond = (y[s.den] for y in (s.x, s.z, s.t, s.w, s.cond))
-        half = None if half is None else half[s.den]
+        x, z, t, w, cond, half = (y[s.den] for y in (s.x, s.z, s.t, s.w, s.cond, half))
         if u is None:
             normals = torch.randn(len(t), K - 1, device=t.device, dtype=t.dtype)
             u = logit_normal(normals, cfg.denoiser_p_mean, cfg.denoiser_p_std)
-        ends = torch.zeros_like(t)[:, None]
-        times = t[:, None] + span * torch.cat([ends, u.sort(1).values, ends + 1], dim=1)   # [n, K + 1]
+        u = F.pad(F.pad(u.sort(1).values, (1, 0)), (0, 1), value=1.0)       # with both ends
+        times = t[:, None] + span * u                                       # [n, K + 1]
         end = z
         for a, b in zip(times.T[:-1], times.T[1:]):
             x_hat = teacher.final_layer(teacher.net(end, half, a, w, torch.zeros_like(a)))
             end = torch.where(cond, x, end + bc(b - a) * velocity(x_hat, end, bc(a), cfg.t_eps))
-            x_hat = torch.where(cond, x, x_hat)
-            half = None if half is None else x_hat
+            half = x_hat = torch.where(cond, x, x_hat)
         if K == 1 or span < 1e-3:
             return x_hat
         return z + bc(1 - t) / span * (end - z)
@@ -609,6 +610,7 @@ class ELF(nn.Module):
         s, u = self.corrupt(batch, t, noise, coins, span=1 / self.cfg.student_steps), (noise or {}).get("u")
         with torch.no_grad():
             _, half = self._teacher[0].first_estimate(s)
+            half = torch.where(s.cond, s.x, half)       # decode rows see the condition here, unlike in `loss`
             target = self.distill_target(s, half, None if u is None else u[s.order][s.den])
         weight = s.count / s.count.sum(dim=1, keepdim=True).clamp_min(1) / len(s.x)             # [B, L]
         x_hat, ce, _ = self.main_pass(s, half, weight * s.decode[:, None])
@@ -617,26 +619,25 @@ class ELF(nn.Module):
         return l2 + ce, dict(l2=l2.detach() / (1 - share), ce=ce.detach() / share)
 
     # Sampling --------------------------------------------------------------------------------------
-
     def estimate(self, z, half, t, w, c=1.0, known=None):
         """x_hat [B, L, C] of one solver step at time t (0-d), with guidance w (the network's input) and c.
 
         c != 1: a second pass, in the same batch, sees zeros for the condition in z and in the half, whose
         target positions stay (official code, not the paper). known [B, L, 1] marks the condition.
         """
-        if c != 1 and known is not None:
-            both = [torch.cat([y, y.masked_fill(known, 0)]) for y in (z, half)]
-            x_hat, x_u = self.estimate(*both, t, w).chunk(2)
-            return x_u + c * (x_hat - x_u)
-        B, zero = z.shape[0], torch.zeros((), device=z.device, dtype=z.dtype)
-
-        def x_of(half):
-            return self.final_layer(self.net(z, half, t.expand(B), (zero + w).expand(B), zero.expand(B)))
-        x_hat = x_of(half if self.cfg.self_cond_prob else None)
-        if not self.cfg.self_cond_prob or self.cfg.num_self_cond_cfg_tokens or w == 1:
-            return x_hat
-        x_u = x_of(torch.zeros_like(half) if known is None else half.where(known, zero))
-        return x_u + w * (x_hat - x_u)          # no guidance inside the network: the same by two passes
+        null = torch.zeros_like(half) if known is None else half.masked_fill(~known, 0)
+        two = c != 1 and known is not None
+        if two:
+            z, half, null = (torch.cat([y, y.masked_fill(known, 0)]) for y in (z, half, null))
+        zero = z.new_zeros(len(z))
+        x_hat = self.final_layer(self.net(z, half, zero + t, zero + w, zero))
+        if self.cfg.self_cond_prob and not self.cfg.num_self_cond_cfg_tokens and w != 1:
+            x_u = self.final_layer(self.net(z, null, zero + t, zero, zero))     # w is not inside this network
+            x_hat = x_u + w * (x_hat - x_u)
+        if two:
+            x_hat, x_u = x_hat.chunk(2)
+            x_hat = x_u + c * (x_hat - x_u)
+        return x_hat
 
     def trajectory(self, z, times, sampler, churn, w, c=1.0, x_known=None, known=None, drift=0.0,
                    paper_form=False, eps=None):
@@ -664,7 +665,7 @@ class ELF(nn.Module):
     def decode(self, z, w):
         """Token ids [B, L] of z: one forward in decode mode, time 1, self-conditioning half empty; argmax."""
         one = torch.ones(z.shape[0], device=z.device, dtype=z.dtype)
-        h = self.net(z, torch.zeros_like(z) if self.cfg.self_cond_prob else None, one, w * one, one)
+        h = self.net(z, torch.zeros_like(z), one, w * one, one)
         return common.greedy(self.token_features(h), self.unembed_kernel.T, self.unembed_bias)
 
     @torch.no_grad()
@@ -679,9 +680,8 @@ class ELF(nn.Module):
         sampler, churn, w, c = sampler or cfg.sampler, churn or cfg.churn, w or cfg.w, c or cfg.c
         if sampler not in ("ode", "sde"):
             raise UserError(f"sampler={sampler}: ode or sde")
-        device = self.proj_bias.device
-        z = cfg.denoiser_noise_scale * torch.randn(n, length, cfg.text_encoder_dim, device=device)
-        times = time_grid(steps, grid, cfg.denoiser_p_mean, cfg.denoiser_p_std, device=device)
+        z = self.proj_bias.new_empty(n, length, cfg.text_encoder_dim).normal_(std=cfg.denoiser_noise_scale)
+        times = time_grid(steps, grid, cfg.denoiser_p_mean, cfg.denoiser_p_std, device=z.device)
         held = {}
         if known is not None:
             x = self.encode(known, known_mask, known_mask)

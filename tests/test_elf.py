@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ EPS = META["t_eps"]
 
 def err(a, b):
     """max |a - b| / max(1, max |b|), the measure that the tolerances of the golden arrays use."""
-    return ((a - b).abs().max() / b.abs().max().clamp_min(1)).item()
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1)).item() if b.numel() else 0.0
 
 
 def weights(prefix):
@@ -69,7 +70,8 @@ def small(**keys):
     model = elf.ELF(elf.Config(**{**base, **keys}))
     with torch.no_grad():
         model.final_layer.linear.weight.normal_(std=0.2)
-        model.mode_tokens.normal_()
+        if model.cfg.num_model_mode_tokens:
+            model.mode_tokens.normal_()
     return model
 
 
@@ -126,28 +128,67 @@ def check_grads(model, loss, prefix):
 
 
 def test_t5_encoder():
-    t5 = elf.T5Encoder(weights("t5/"))
-    assert err(t5(G["t5_ids"], G["t5_mask2d"]), G["t5_out_mask2d"]) < 1e-5
-    assert err(t5(G["t5_ids"], G["t5_mask2d"]), G["jax/t5_out_mask2d"]) < 1e-5
-    assert err(t5(G["t5_ids"]), G["t5_out_nomask"]) < 1e-5
+    t5, ids = elf.T5Encoder(weights("t5/")), G["t5_ids"]
+    masked = t5(ids, (G["t5_mask2d"] > 0)[:, None].expand(-1, ids.shape[1], -1))
+    assert err(masked, G["t5_out_mask2d"]) < 1e-5
+    assert err(masked, G["jax/t5_out_mask2d"]) < 1e-5
+    assert err(t5(ids), G["t5_out_nomask"]) < 1e-5
     assert err(t5(G["t5_ids_long"])[:, ::37], G["t5_out_long"]) < 1e-5
     assert torch.equal(elf.t5_bucket(G["t5_bucket_rel"]), G["t5_bucket"])
+
+
+def write_safetensors(path, tensors):
+    header, raw = {}, b""
+    for name, x in tensors.items():
+        span = [len(raw), len(raw) + 4 * x.numel()]
+        header[name] = dict(dtype="F32", shape=list(x.shape), data_offsets=span)
+        raw += x.contiguous().numpy().tobytes()
+    head = json.dumps(header).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + raw)
 
 
 def test_t5_weights_from_files(tmp_path):
     """The same encoder from pytorch_model.bin and from model.safetensors (a decoder beside it is ignored)."""
     given = weights("t5/") | {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2, 2)}
     torch.save(given, tmp_path / "t5.bin")
-    header, raw = {}, b""
-    for name, x in given.items():
-        span = [len(raw), len(raw) + 4 * x.numel()]
-        header[name] = dict(dtype="F32", shape=list(x.shape), data_offsets=span)
-        raw += x.contiguous().numpy().tobytes()
-    head = json.dumps(header).encode()
-    (tmp_path / "t5.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + raw)
+    write_safetensors(tmp_path / "t5.safetensors", given)
     for file in ("t5.bin", "t5.safetensors"):
-        t5 = elf.load_t5(str(tmp_path / file), META["t5"]["d_model"], META["t5"]["vocab_size"])
-        assert err(t5(G["t5_ids"], G["t5_mask2d"]), G["t5_out_mask2d"]) < 1e-5
+        t5 = elf.make_t5(config(t5=str(tmp_path / file)))
+        assert err(t5(G["t5_ids"]), G["t5_out_nomask"]) < 1e-5
+
+
+def test_t5_weights_are_downloaded_once(tmp_path, monkeypatch):
+    urls = []
+
+    def download(url, path):
+        urls.append(url)
+        write_safetensors(path, weights("t5/"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "download", download)
+    for _ in range(2):
+        t5 = elf.make_t5(config(t5="t5-small"))
+    assert err(t5(G["t5_ids"]), G["t5_out_nomask"]) < 1e-5
+    assert urls == ["https://huggingface.co/google-t5/t5-small/resolve/main/model.safetensors"]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(data.UserError, match="without torchrun"):
+        elf.make_t5(config(t5="t5-base"))
+
+
+def test_encoder_outputs_of_a_small_corpus_are_kept():
+    """t5_cache: a row is encoded once for each of its masks; a full table takes no more rows."""
+    plain, model = (small(encoder="t5-random", text_encoder_dim=64, length=64, t5_cache=n) for n in (0, 1))
+    ids, lengths = torch.randint(0, 11, (70, 64)), torch.randint(1, 65, (70, 1))
+    valid, no = torch.arange(64) < lengths, torch.zeros(70, dtype=torch.bool)
+    cond, calls, t5 = torch.arange(64) < lengths // 2, [], model.encoder()
+    model._t5 = lambda *args: calls.append(1) or t5(*args)
+    drop = ~no
+    drop[0] = False                                 # both ways of encoding a row must stay apart
+    for rows, n in ((slice(0, 3), 3), (slice(0, 3), 3), (slice(0, 5), 5), (slice(0, 70), 70)):
+        x = model.encode(ids[rows], valid[rows], cond[rows], no[rows])
+        assert err(x, plain.encode(ids[rows], valid[rows], cond[rows])) < 1e-5 and len(calls) == n
+    x = model.encode(ids[:2], valid[:2], cond[:2], drop[:2])
+    assert err(x, plain.encode(ids[:2], valid[:2], cond[:2], drop[:2])) < 1e-5 and len(calls) == 71
+    assert len(model._rows) == 64                   # rows of 16 KiB in a table of 1 MiB
 
 
 def test_encoder_mask_and_conditional_latents():
@@ -179,6 +220,27 @@ def test_elementary_pieces():
     assert err(elf.velocity(G["vx_net"], G["vx_z"], G["vx_t"][:, None, None], EPS), G["vx_v"]) < 1e-5
 
 
+def test_collated_pairs_schedules_and_metrics():
+    """Rows made from pairs, learning rates and sample metrics as the official code has them."""
+    tok = SimpleNamespace(name="t5", vocab=M["vocab_size"], bos=None, eos=1, pad=0,
+                          encode=lambda text: np.array(text.split(), dtype=np.int64))
+    columns = (json.loads(str(G[f"trainB/{k}_ids_flat"])) for k in ("cond", "target"))
+    pairs = [tuple(" ".join(map(str, ids)) for ids in pair) for pair in zip(*columns)]
+    corpus = data.from_pairs("pairs", {"train": pairs}, tok, M["max_length"], META["max_input_length"])
+    rows, want = corpus.rows("train", range(len(pairs))), weights("trainB/batch_")
+    assert torch.equal(rows["tokens"], want["input_ids"])
+    assert torch.equal(rows["mask"].float(), want["attention_mask"])
+    assert torch.equal(rows["cond_len"], want["cond_seq_mask"].sum(1).long())
+    peak = G["opt/lr"].max().item()
+    constant, cosine = (elf.Config(steps=20, warmup=n, lr_schedule=k, min_lr=0.001 / peak)
+                        for n, k in ((3, "constant"), (4, "cosine")))
+    for cfg, name in ((constant, "opt/lr"), (cosine, "opt/lr_cosine")):
+        lr = [peak * common.lr_factor(cfg, i) for i in range(len(G[name]))]
+        assert err(torch.tensor(lr), G[name]) < 1e-7
+    assert err(torch.from_numpy(data.entropies(G["entropy_ids"])), G["entropy"]) < 1e-6
+    assert np.array_equal(data.scored_targets(G["ppl_ids"], eos=11), G["ppl_valid_pt"] > 0)
+
+
 def logits_of(model, h):
     return model.token_features(h) @ model.unembed_kernel + model.unembed_bias
 
@@ -196,7 +258,7 @@ def test_network_forward():
         assert err(logits_of(model, h), G[code + "fwd_logits_dec"]) < 2e-5
     assert torch.equal(common.greedy(model.token_features(h), model.unembed_kernel.T, model.unembed_bias),
                        G["fwd_logits_dec"].argmax(-1))
-    h = model.net(G["fwd_x1"], None, t, w, torch.zeros_like(t))
+    h = model_of(self_cond_prob=0.0).net(G["fwd_x1"], None, t, w, torch.zeros_like(t))
     assert err(model.final_layer(h), G["fwd_x_nosc"]) < 2e-5
     model.blocks[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     for block in model.blocks:
@@ -236,10 +298,11 @@ def test_inside_of_a_training_step(tag):
     gold = {k: G[f"{tag}/{k}"][s.order] for k in names if f"{tag}/{k}" in G}
     if "x0" in gold:
         assert err(s.x, gold["x0"]) < 1e-5
-    assert err(s.z if half is None else torch.cat([s.z, half], -1), gold["main_input"]) < 1e-5
+    seen = torch.cat([s.z, half], -1) if model.cfg.self_cond_prob else s.z
+    assert err(seen, gold["main_input"]) < 1e-5
     assert err(torch.where(s.decode, 1.0, s.t), gold["main_t"]) < 1e-6
     assert err(x_hat, gold["main_x"]) < 2e-5
-    if x_u is not None:
+    if "unc_x" in gold:
         denoise = ~s.decode
         assert err(torch.cat([s.z, s.pinned], -1)[denoise], gold["unc_input"][denoise]) < 1e-5
         assert err(x_u[denoise], gold["unc_x"][denoise]) < 2e-5
@@ -333,6 +396,26 @@ def test_reserved_rows_suffice():
     assert [elf.room(s, 40, 40) for s in (0.2, 0.8, 0.4)] == [8, 32, 16]
 
 
+@pytest.mark.parametrize("dec, sc", [(0.2, 0.5), (0.0, 0.5), (1.0, 0.5), (0.5, 0.0), (0.3, 1.0)])
+def test_slices_by_role_change_nothing(dec, sc):
+    """Passes and heads on reserved slices give the loss and gradients of passes over all rows."""
+    model = small(decoder_prob=dec, self_cond_prob=sc, label_drop_prob=0.3, max_input_length=4).double()
+    cond, rows = torch.arange(12) % 4, common.Rows(0, 5, 0, 12, 12)
+    batch = dict(tokens=torch.randint(0, 11, (12, 8)), cond_len=cond, rows=rows)
+    noise = dict(eps=torch.randn(12, 8, 12).double(), p=torch.rand(12, 8).double())
+    role = rows.roles((dec, (1 - dec) * (1 - sc), (1 - dec) * sc))
+    out = []
+    for coins in (None, dict(decode=role == 0, sc=role == 2)):
+        loss, _ = model.loss(batch, noise=noise, coins=coins)
+        loss.backward()
+        out.append(torch.cat([loss.detach()[None]] + [p.grad.flatten() for p in model.parameters()
+                                                      if p.grad is not None]))
+        if dec == 1:        # decode rows too go through the projection of [z; 0]
+            assert model.self_cond_proj.bias.grad.abs().sum() > 0
+        model.zero_grad()
+    assert err(out[0], out[1]) < 1e-12
+
+
 # --- golden: samplers, optimisers, distillation ----------------------------------------------------
 
 
@@ -390,6 +473,21 @@ def test_guidance_by_two_passes_without_scale_tokens():
         x_hat = model.estimate(G["samp_z"], G["samp_xprev"], t, w)
         assert err(x_hat, G[f"scinf_{w}_x"]) < 1e-5
         assert err(elf.velocity(x_hat, G["samp_z"], t, EPS), G[f"scinf_{w}_v"]) < 1e-5
+
+
+@torch.no_grad()
+def test_both_guidances_without_scale_tokens():
+    """Four passes: with and without the estimate, with and without the condition; the null half keeps x."""
+    model, z, half = small(num_self_cond_cfg_tokens=0), torch.randn(2, 8, 12), torch.randn(2, 8, 12)
+    known = (torch.arange(8) < 3)[None, :, None].expand(2, 8, 1)
+    t, zero = torch.full((2,), 0.4), torch.zeros(2)
+
+    def x_hat(z, half, null):
+        x, x_u = (model.final_layer(model.net(z, y, t, zero, zero)) for y in (half, null))
+        return x_u + 2.5 * (x - x_u)
+    free = [y.masked_fill(known, 0) for y in (z, half)]
+    x, x_u = x_hat(z, half, half.masked_fill(~known, 0)), x_hat(*free, torch.zeros_like(half))
+    assert err(model.estimate(z, half, torch.tensor(0.4), 2.5, 1.7, known), x_u + 1.7 * (x - x_u)) < 1e-5
 
 
 def optimisers(params):
@@ -463,6 +561,25 @@ def test_distillation_step(tag):
     check_grads(model, loss, tag)
 
 
+def test_distillation_keeps_the_condition_in_every_half():
+    """Here the half of decode rows holds the condition too; in `loss` it is empty (official code)."""
+    model, seen = small(student_steps=4, teacher_steps=2, max_input_length=4), []
+    net = model.net
+    model.net = lambda z, half, t, w, gate: seen.append((half, gate > 0)) or net(z, half, t, w, gate)
+    cond_len, coins = torch.tensor([3, 2, 1, 4]), dict(decode=torch.arange(4) < 2, sc=torch.arange(4) == 3)
+    batch = dict(tokens=torch.randint(0, 11, (4, 8)), cond_len=cond_len)
+    x = model.encode(batch["tokens"], None, None)
+    cond = torch.arange(8) < cond_len[:, None]
+    model.loss(batch, coins=coins)
+    half, decode = seen[-1]
+    assert decode.tolist() == [True, True, False, False] and (half[:2] == 0).all()
+    assert torch.equal(half[2:][cond[2:]], x[2:][cond[2:]])
+    model.attach_teacher(small(), fresh=True)
+    model.loss(batch, coins=coins)
+    half = seen[-1][0]
+    assert torch.equal(half[cond], x[cond]) and (half[:2][~cond[:2]] == 0).all()
+
+
 # --- properties (section 10 of the specification) --------------------------------------------------
 
 
@@ -476,6 +593,9 @@ def test_mode_switch_and_heads_are_separate():
     logits, x_hat = logits_of(model, on), model.final_layer(on)
     model.final_layer.linear.weight.zero_()
     assert torch.equal(logits, logits_of(model, on))
+    bare = small(num_model_mode_tokens=0)       # time 1 is the only mark of decode mode then
+    assert torch.equal(bare.net(z, z, t, w, 0 * one), bare.net(z, z, t, w, one))
+    assert not any("mode" in name for name in bare.state_dict())
     model.proj_kernel.zero_()
     assert not torch.equal(x_hat, model.final_layer(on)) and torch.equal(on, model.net(z, z, t, w, one))
 
@@ -691,6 +811,7 @@ def test_distillation_targets():
 def test_parameter_counts(preset, count):
     with torch.device("meta"):
         model = elf.ELF(elf.Config(**elf.PRESETS[preset]))
+    model._t5 = elf.T5Encoder({})           # `param_groups` asks for it
     assert sum(p.numel() for p in model.parameters()) == count
     if preset == "owt-b":
         matrices, rest = model.param_groups()
@@ -731,16 +852,24 @@ def test_bad_input(tmp_path):
         assert "\n" not in str(e.value)
         return str(e.value)
     assert "--t5=FILE" in message(encoder="t5")
+    with pytest.raises(data.UserError, match="--t5=FILE"):      # before a run folder is made
+        small(encoder="t5").param_groups()
     assert "nowhere.bin" in message(encoder="t5", t5=str(tmp_path / "nowhere.bin"))
     path, t5 = str(tmp_path / "t5.bin"), weights("t5/")
     torch.save(t5, path)
-    assert "text_encoder_dim=12" in message(encoder="t5", t5=path)
-    assert "vocab=99" in message(encoder="t5", t5=path, vocab=99, text_encoder_dim=META["t5"]["d_model"])
-    torch.save({k: v for k, v in t5.items() if "final" not in k}, path)
-    assert "encoder.final_layer_norm.weight" in message(encoder="t5", t5=path)
+    rows, C = t5["shared.weight"].shape
+    assert f"{C} wide" in message(encoder="t5", t5=path, text_encoder_dim=C + 2)
+    assert f"vocab={rows + 1}" in message(encoder="t5", t5=path, vocab=rows + 1, text_encoder_dim=C)
+    for part in ("final_layer_norm", "shared", "relative_attention_bias", "wi.weight"):     # v1.1 has no wi
+        torch.save({k: v for k, v in t5.items() if part not in k}, path)
+        text = message(encoder="t5", t5=path)
+        assert part in text and path in text
     (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not json")
     assert "broken.safetensors" in message(encoder="t5", t5=str(tmp_path / "broken.safetensors"))
     assert "n_head" in message(n_head=3) and "dropout" in message(dropout=0.1)
+    assert "num_time_tokens" in message(num_time_tokens=0) and "cfg_min" in message(self_cond_cfg_min=0.0)
+    with pytest.raises(data.UserError, match="max_input_length"):
+        small().loss(dict(tokens=torch.zeros(2, 8, dtype=torch.int64), cond_len=torch.ones(2)))
     assert "encoder=bert" in message(encoder="bert")
     for keys in (dict(sampler="heun"), dict(grid="cosine")):
         with pytest.raises(data.UserError):
