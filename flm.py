@@ -13,8 +13,8 @@ tau(t) = 1 - V/(V-1) P(argmax z_t is not the token): equal steps in tau gain equ
 Noise in d dimensions. The network sees z only through z W (W the [V, d] embedding); for one position:
   1. h = z_t W = t W[x] + (1 - t) eta with eta = eps W ~ N(0, G), G = W^T W: a d x d matrix says it all.
   2. With C upper triangular, C^T C = G, and xi ~ N(0, I_d), xi C has the law of eta; nothing is drawn in V.
-  3. h has the same law for every W, so the expected loss is the same function of W, and any unbiased gradient
-     of it will do. With g = dloss/dh the plain one of the noise path is (1 - t) eps^T g, random in all of V.
+  3. For every W this h has the law of 1's: the expected loss is the same function of W, and any unbiased
+     gradient of it will do. With g = dloss/dh, 1's noise term is (1 - t) eps^T g [V, D], random in all of V.
   4. g depends on eps through eta only, so eps may be replaced by E[eps | eta]: same mean, less variance
      (Rao-Blackwell). What goes is pure noise in the V - d directions that the network never sees.
   5. Q = W C^-1 has orthonormal columns that span W's, so xi = eps Q is white, eta = xi (Q^T W) = xi C and
@@ -187,33 +187,47 @@ def without_tf32():
         torch.set_float32_matmul_precision(precision)
 
 
+def half(gram, size):
+    """[D, D] of value S, S^T S = gram [D, D] float64, and the derivative of S^-T gram with S constant.
+
+    size: of an entry of gram without its rounding error; the jitter of that order (no host sync to look
+    whether it is needed) only matters for directions that are hardly there.
+    """
+    eye = torch.eye(len(gram), device=gram.device, dtype=torch.float64)
+    S = torch.linalg.cholesky_ex(gram.detach() + size * eye, upper=True)[0]
+    return torch.linalg.solve_triangular(S.T, gram, upper=False)
+
+
+def rounding(gram, dtype):
+    """What the diagonal of a Gram matrix computed in `dtype` may be wrong by, and more than zero."""
+    return 8 * torch.finfo(dtype).eps * gram.detach().diagonal().mean() + torch.finfo(torch.float64).tiny
+
+
 @without_tf32()
 def gram_root(A, W):
-    """[D, D] of value S, S^T S = A^T W, and the derivative of Q^T W, Q = A S^-1 constant (header, 5 to 7).
+    """C [D, D], C^T C = W^T W, with the derivative of Q^T W, Q = W C^-1 constant (header, 5 to 7).
 
-    A [V, D] is the value of W, detached. The Gram matrix in W's dtype without TF32, the factor in float64;
-    the jitter (rounding of the Gram matrix) only matters for directions that W hardly has.
+    A [V, D]: the value of W, detached. The Gram matrix in W's dtype, its factor in float64.
     """
     gram = (A.T @ W).double()
-    fixed = gram.detach()
-    jitter = 8 * torch.finfo(W.dtype).eps * fixed.diagonal().mean() + torch.finfo(torch.float64).tiny
-    eye = torch.eye(len(fixed), device=W.device, dtype=torch.float64)
-    S = torch.linalg.cholesky_ex(fixed + jitter * eye, upper=True)[0]       # without a host sync
-    return torch.linalg.solve_triangular(S.T, gram, upper=False).to(W.dtype)
+    return half(gram, rounding(gram, W.dtype)).to(W.dtype)
 
 
 @without_tf32()
 def joint_root(W_teacher, W):
     """(M_T, M_S), each [2D, D]: one eps seen through both embeddings is xi M_T and xi M_S, xi ~ N(0, I_2D).
 
-    Q = W_T C_T^-1 spans the teacher's columns; W = Q (Q^T W) + R splits the student's. The first D of xi
-    drive both networks, the rest only R, which is zero (no error) while the student has the teacher's W.
+    With Q = W_T C^-1 the student is W = Q (Q^T W) + R: the first D of xi drive both networks, the rest only
+    R. Both parts come from delta = W - W_T, so that nothing cancels while the student is near its teacher:
+    Q^T W = C + Q^T delta and R^T R = delta^T delta - (Q^T delta)^T (Q^T delta).
     """
-    root = gram_root(W_teacher, W_teacher)
-    Q = torch.linalg.solve_triangular(root, W_teacher, upper=True, left=False)
-    shared = Q.T @ W
-    R = W - Q @ shared
-    return torch.cat([root, torch.zeros_like(root)]), torch.cat([shared, gram_root(R.detach(), R)])
+    delta = W - W_teacher
+    C = gram_root(W_teacher, W_teacher).double()
+    shared = torch.linalg.solve_triangular(C.T, (W_teacher.T @ delta).double(), upper=False)   # Q^T delta
+    moved = (delta.detach().T @ delta).double()
+    R = half(moved - shared.detach().T @ shared, rounding(moved, W.dtype))
+    pairs = torch.cat([C, torch.zeros_like(C)]), torch.cat([C + shared, R])
+    return tuple(x.to(W.dtype) for x in pairs)
 
 
 def corrupt(tokens, W, t, eta):
@@ -244,12 +258,14 @@ def simplex_projection(x):
 
 
 def capped_logits(u, W, b, cap):
-    """(c, slope) [n, V] in b's dtype: c = cap tanh(z / cap), z = u W^T + b, and dc/dz."""
-    z = F.linear(u, W.to(u.dtype)).to(b.dtype) + b
-    if not cap:
-        return z, torch.ones((), device=z.device, dtype=z.dtype)
-    c = cap * torch.tanh(z / cap)
-    return c, 1 - (c / cap) ** 2
+    """c [n, V] = cap tanh(z / cap), z = u W^T + b, in b's dtype; no cap: z itself."""
+    z = F.linear(u, W.to(u.dtype)).to(b.dtype).add_(b)
+    return z.div_(cap).tanh_().mul_(cap) if cap else z
+
+
+def cap_slope(c, cap):
+    """dc/dz [n, V] of capped logits c."""
+    return (c / cap).square_().neg_().add_(1) if cap else torch.ones((), device=c.device, dtype=c.dtype)
 
 
 class _SoftLoss(torch.autograd.Function):
@@ -259,35 +275,36 @@ class _SoftLoss(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, u, W, b, weight, target, cap, mse):
-        needed = any(ctx.needs_input_grad)
-        grads = [torch.empty_like(u), torch.zeros_like(W), torch.zeros_like(b)] if needed else None
+        ctx.grads = [torch.empty_like(u), torch.zeros_like(W), torch.zeros_like(b)] \
+            if any(ctx.needs_input_grad) else None
         loss = torch.empty_like(weight)
         size = max(64, common.CHUNK_ELEMENTS.get(u.device.type, 2 ** 24) // (2 * len(W)))
         for first in range(0, len(u), size):
             part = slice(first, first + size)
-            c, slope = capped_logits(u[part], W, b, cap)
-            q, logp = target(part), c.log_softmax(-1)
-            p = logp.exp()
+            q, c = target(part), capped_logits(u[part], W, b, cap)
+            slope = cap_slope(c, cap)
+            logp = c.sub_(c.logsumexp(-1, keepdim=True))            # in place from here: memory is time
             if mse:
-                loss[part] = (p - q).square().sum(-1)
-                dc = 2 * p * ((p - q) - (p * (p - q)).sum(-1, keepdim=True))
+                p = logp.exp_()
+                gap = p - q
+                loss[part] = gap.square().sum(-1)
+                dc = 2 * p * (gap - (p * gap).sum(-1, keepdim=True))
             else:
                 loss[part] = -(q * logp).sum(-1)
-                dc = p * q.sum(-1, keepdim=True) - q
-            if grads is not None:
-                dz = dc * slope * weight[part, None]
+                dc = logp.exp_().mul_(q.sum(-1, keepdim=True)).sub_(q)
+            if ctx.grads:
+                dz = dc.mul_(slope).mul_(weight[part, None])
                 low = dz.to(u.dtype)
-                grads[0][part] = low @ W.to(u.dtype)
-                grads[1] += (low.T @ u[part]).to(W.dtype)
-                grads[2] += dz.sum(0)
-        ctx.grads = grads
+                ctx.grads[0][part] = low @ W.to(u.dtype)
+                ctx.grads[1] += (low.T @ u[part]).to(W.dtype)
+                ctx.grads[2] += dz.sum(0)
         ctx.mark_non_differentiable(loss)
         return (weight * loss).sum(), loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
-        out, ctx.grads = ctx.grads, None
+        out, ctx.grads = ctx.grads, None                            # scaled in place: backward runs once
         return (*[x.mul_(g) for x in out], None, None, None, None)
 
 
@@ -296,7 +313,10 @@ def soft_loss(u, head, weight, target, cap, mse=False):
 
     Returns (sum of weight * loss, loss [n, L] detached); nothing of size [n, L, V] is ever whole.
     """
-    loss, rows = _SoftLoss.apply(u.flatten(0, 1), head.weight, head.bias, weight.flatten(), target, cap, mse)
+    W, b = head.weight, head.bias
+    if not torch.is_grad_enabled():         # needs_input_grad of a parameter is true even then
+        W, b = W.detach(), b.detach()
+    loss, rows = _SoftLoss.apply(u.flatten(0, 1), W, b, weight.flatten(), target, cap, mse)
     return loss, rows.view(weight.shape)
 
 
@@ -375,7 +395,7 @@ class FLM(nn.Module):
     def probs(self, u):
         """u [n, L, D] -> function: part of the n*L tokens -> distributions [., V]."""
         return lambda part: capped_logits(u.flatten(0, 1)[part], self.head.weight, self.head.bias,
-                                          self.cfg.logit_cap)[0].softmax(-1)
+                                          self.cfg.logit_cap).softmax(-1)
 
     def noise_width(self, networks):
         """Normals per position: D for each network that looks on, at most the V that serve any number."""
@@ -483,14 +503,15 @@ class FLM(nn.Module):
                               eulerian=self.eulerian)[cfg.objective](teacher, *off)
         # 4. losses of both groups; the weights already hold the mean over all tokens
         mse = cfg.objective == "semigroup" and cfg.soft_loss == "mse"
-        on_loss, on_rows = soft_loss(u_st[:n], self.head, weight[:n], target, cfg.logit_cap, mse)
-        off_loss, off_rows = soft_loss(u_st[n:], self.head, weight[n:], off_target, cfg.logit_cap,
-                                       mse or cfg.objective == "eulerian")
-        rows = dict(diagonal=on_rows, off=off_rows)
+        on_loss, _ = soft_loss(u_st[:n], self.head, weight[:n], target, cfg.logit_cap, mse)
+        off_loss, _ = soft_loss(u_st[n:], self.head, weight[n:], off_target, cfg.logit_cap,
+                                mse or cfg.objective == "eulerian")
+        shares = [x.sum().clamp_min(1e-30) for x in (weight[:n], weight[n:])]       # a group may be empty
+        metrics = dict(diagonal=on_loss.detach() / shares[0], off=off_loss.detach() / shares[1])
         if not self.training:
-            rows["ce"] = common.token_ce(u_st[:n], self.head.weight, self.head.bias, tokens[:n], weight[:n],
-                                         cap=cfg.logit_cap)[1]
-        return on_loss + off_loss, {k: x.sum() / max(1, x.numel()) for k, x in rows.items()}
+            metrics["ce"] = common.token_ce(u_st[:n], self.head.weight, self.head.bias, tokens[:n],
+                                            weight[:n], cap=cfg.logit_cap)[0] / shares[0]
+        return on_loss + off_loss, metrics
 
     def semigroup(self, teacher, h, h_teacher, tau_s, tau_u, tau_t, s, u, t):
         """q = lam delta_{s,u}(z_s) + (1 - lam) delta_{u,t}(X_{s,u}): two half jumps, the student's own."""
@@ -537,14 +558,16 @@ class FLM(nn.Module):
         u, du = u.detach(), du.detach()
 
         def delta(part):
-            c, slope = capped_logits(u.flatten(0, 1)[part], head.weight, head.bias, self.cfg.logit_cap)
-            dc = slope * F.linear(du.flatten(0, 1)[part].to(c.dtype), head.weight)
+            c = capped_logits(u.flatten(0, 1)[part], head.weight, head.bias, self.cfg.logit_cap)
+            dz = F.linear(du.flatten(0, 1)[part].to(c.dtype), head.weight)
+            dc = cap_slope(c, self.cfg.logit_cap) * dz
             p = c.softmax(-1)
             return p, p * (dc - (p * dc).sum(-1, keepdim=True))
         return delta, u
 
     def attach_teacher(self, teacher, fresh):
-        """Keep `teacher` (an FLM, EMA weights); a fresh student starts as its copy, tau_t branch silent."""
+        """Keep `teacher` (an FLM, EMA weights); a fresh student without --init starts as its copy, with the
+        tau_t branch silent."""
         ours, theirs = ({k: v for k, v in m.backbone.named_parameters()} for m in (self, teacher))
         if teacher.two_times:
             raise data.UserError("the teacher is a flow map itself: --teacher takes the checkpoint of an FLM")
@@ -556,7 +579,7 @@ class FLM(nn.Module):
             caps = f"--attn_softcap={teacher.cfg.attn_softcap:g} --logit_cap={teacher.cfg.logit_cap:g}"
             raise data.UserError(f"the teacher has other caps: set {caps}")
         self._teacher = [teacher.eval().requires_grad_(False)]
-        if fresh:
+        if fresh and not self.cfg.init:
             with torch.no_grad():
                 for name, value in theirs.items():
                     ours[name].copy_(value)

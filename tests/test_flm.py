@@ -73,9 +73,9 @@ def test_golden_network():
         close(seen[ours], GOLD[f"net/{theirs}"], 2e-5)
     close(h, GOLD["net/embed"], 2e-5)
     close(logits, GOLD["net/logits"], 2e-5)
-    c, _ = flm.capped_logits(u, model.head.weight, model.head.bias, 30.0)
+    c = flm.capped_logits(u, model.head.weight, model.head.bias, 30.0)
     close(c.log_softmax(-1), GOLD["net/logp"], 2e-5)
-    c, _ = flm.capped_logits(25 * u, model.head.weight, 25 * model.head.bias, 30.0)
+    c = flm.capped_logits(25 * u, model.head.weight, 25 * model.head.bias, 30.0)
     close(c.log_softmax(-1), GOLD["net/logp_big"], 3e-4)            # 25 times the rounding of the logits
     tokens = model.trunk(F.embedding(GOLD["net/tokens"], model.W), GOLD["net/sigma"], None)
     close(F.linear(tokens, model.head.weight, model.head.bias), GOLD["net/logits_tokens"], 2e-5)
@@ -582,7 +582,7 @@ def test_padding_counts_for_nothing():
     tau, eps = torch.rand(4), torch.randn(4, 6, 23, dtype=torch.float64)
     loss = model.loss(dict(tokens=tokens, mask=mask), t=tau, noise=eps)[0]
     u = model.trunk(model.noisy(tokens, model.time.t_of(tau), eps)[0], tau, None)
-    logits = flm.capped_logits(u, model.head.weight, model.head.bias, 30.0)[0]
+    logits = flm.capped_logits(u, model.head.weight, model.head.bias, 30.0)
     want = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")[mask].mean()
     assert loss.item() == pytest.approx(want.item(), abs=1e-12)
     total = 0
