@@ -83,7 +83,7 @@ PRESETS = {
 
 # --- 2. noise levels ----------------------------------------------------------------------------------------
 
-CUTOFF = 1e-5           # quantiles stay in [CUTOFF, 1 - CUTOFF] (official scheduler config)
+CUTOFF = 1e-5           # gamma stays between the quantiles CUTOFF and 1 - CUTOFF (official configuration)
 MIN_SCALE = 1e-2        # the official Gumbel parameters are free; the clamp only guards their sign
 
 
@@ -100,8 +100,9 @@ def tau_of(gamma):
 def c_skip(gamma):
     """alpha / sigma^2, the factor of the Gaussian bias (paper, eq. 44).
 
-    ln N(z; alpha e_v, sigma^2 I) = const + c_skip <z, e_v> when all ||e_v||^2 = D: the bias is the exact
-    likelihood of each token by itself, and the network has to supply only what the context says.
+    ln N(z; alpha e_v, sigma^2 I) = const + c_skip <z, e_v> - (alpha / sigma)^2 ||e_v||^2 / 2, whose last term
+    is the same for all v when ||e_v||^2 = D. So the bias is the exact likelihood of each token by itself, and
+    the network has to supply only what the context says.
     """
     return torch.exp((F.softplus(-gamma) - gamma) / 2)
 
@@ -109,11 +110,6 @@ def c_skip(gamma):
 def normalised(W):
     """E_v = sqrt(D) W_v / ||W_v||: [V, D] -> [V, D] with unit mean square per coordinate, like the noise."""
     return W.shape[1] ** 0.5 * F.normalize(W, dim=1)
-
-
-def initial_loc(d_model):
-    """loc0 = 4.723 + ln(D / 768): the published value moved with the width, as a norm of sqrt(D) moves it."""
-    return 4.723 + math.log(d_model / 768)
 
 
 class Gumbel(nn.Module):
@@ -129,17 +125,19 @@ class Gumbel(nn.Module):
         self.entropy = nn.Parameter(torch.tensor(float(entropy)))
 
     def gamma_of(self, q):
-        """gamma(q) = loc - scale ln(-ln q) in q's dtype, q clamped to [CUTOFF, 1 - CUTOFF]; any shape.
+        """gamma(q) = loc - scale ln(-ln q), clamped to gamma_range(), for q in [0, 1] of any shape and dtype.
 
         The two roundings are those of torch's Gumbel inverse CDF, which the official code calls: float32
         values agree bit for bit. At q = 1 - CUTOFF they cost 0.012 scale in float32, in float64 nothing.
         """
-        q = ((q.clamp(CUTOFF, 1 - CUTOFF) - 0.5) + 0.5) * (1 - torch.finfo(q.dtype).eps)
-        low, high = self.gamma_range()
-        return (self.loc - self.scale * torch.log(-torch.log(q))).clamp(low, high)
+        q = ((q - 0.5) + 0.5) * (1 - torch.finfo(q.dtype).eps)
+        return (self.loc - self.scale * torch.log(-torch.log(q))).clamp(*self.gamma_range())
 
     def gamma_range(self):
-        """gamma_min, where tokens are decoded, and gamma_max, where the prior holds (official formulas)."""
+        """(gamma_min, gamma_max): tokens are decoded at the one, the prior holds at the other.
+
+        The quantiles CUTOFF and 1 - CUTOFF, the latter with ln(1 - c) = -c as in the official code.
+        """
         return self.loc - self.scale * math.log(-math.log(CUTOFF)), self.loc - self.scale * math.log(CUTOFF)
 
     def log_density(self, gamma):
@@ -181,12 +179,17 @@ def flow_integral(field, y, tau, heun=True):
     return y, -area
 
 
-def one_of(name, value, *allowed):
-    if value not in allowed:
-        raise common.UserError(f"--{name}={value}: choose one of {', '.join(allowed)}")
-
-
 # --- 4. model -----------------------------------------------------------------------------------------------
+
+
+def check(ok, key, value, rule):
+    """One line for the user, the key, its value and what to do, unless `ok`."""
+    if not ok:
+        raise common.UserError(f"--{key}={value}: {rule}")
+
+
+def one_of(key, value, *allowed):
+    check(value in allowed, key, value, f"choose one of {', '.join(allowed)}")
 
 
 class LangFlow(nn.Module):
@@ -196,17 +199,23 @@ class LangFlow(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        share = cfg.self_cond_prob
+        check(cfg.vocab > 1, "vocab", cfg.vocab, "give the number of token ids, 2 or more")
+        check(0 <= share <= 1, "self_cond_prob", share, "a share lies in [0, 1]")
         one_of("self_cond_form", cfg.self_cond_form, "subset", "bernoulli")
-        if not 0 <= cfg.self_cond_prob <= 1:
-            raise common.UserError(f"--self_cond_prob={cfg.self_cond_prob}: a probability lies in [0, 1]")
-        self.cfg, self.self_cond = cfg, cfg.self_cond_prob > 0
-        self.every = round(1 / cfg.self_cond_prob) if self.self_cond else 0     # subset: one row in `every`
-        if cfg.self_cond_form == "subset" and abs(self.every * cfg.self_cond_prob - self.self_cond) > 1e-6:
-            raise common.UserError(f"--self_cond_prob={cfg.self_cond_prob}: the subset form takes one row in "
-                                   "k, so 1/k; --self_cond_form=bernoulli takes any share")
-        loc = initial_loc(cfg.d_model) if cfg.gumbel_loc is None else cfg.gumbel_loc
-        entropy = cfg.unigram_entropy if cfg.gumbel_entropy is None else cfg.gumbel_entropy
-        self.proposal = Gumbel(loc, cfg.gumbel_scale, entropy or math.log(cfg.vocab))
+        self.cfg, self.self_cond = cfg, share > 0
+        self.every = round(1 / share) if share else 0                       # subset form: one row in `every`
+        check(cfg.self_cond_form == "bernoulli" or not share or abs(self.every * share - 1) < 1e-6,
+              "self_cond_prob", share,
+              "the subset form takes one row in k, so 1/k; --self_cond_form=bernoulli takes any share")
+        # the published loc, moved with the width: the noise that hides a token grows with its norm sqrt(D)
+        loc = 4.723 + math.log(cfg.d_model / 768) if cfg.gumbel_loc is None else cfg.gumbel_loc
+        entropy = cfg.gumbel_entropy
+        if entropy is None:
+            entropy = cfg.unigram_entropy or math.log(cfg.vocab)
+        check(cfg.gumbel_scale > 0, "gumbel_scale", cfg.gumbel_scale, "must be above 0")
+        check(entropy > 0, "gumbel_entropy", entropy, "must be above 0")
+        self.proposal = Gumbel(loc, cfg.gumbel_scale, entropy)
         self.backbone = common.DiT(
             cfg.d_model, cfg.n_layer, cfg.n_head, cond_dim=cfg.cond_dim, mlp_ratio=cfg.mlp_ratio,
             dropout=cfg.dropout, length=cfg.length, vocab=cfg.vocab, out=cfg.vocab,
@@ -230,23 +239,29 @@ class LangFlow(nn.Module):
         return dict(u=u, W=linear.weight, b=linear.bias, skip=skip, E=None if skip is None else E)
 
     def denoise(self, z_t, gamma, x_sc, E, targets=None, ramp=1.0):
-        """x_hat = E[E_x | z_t] [B, L, D] and the nll [B, L] of `targets`; gradients for z_t and x_sc only."""
+        """The estimate x_hat = p E of E[x | z_t], [B, L, D], and the nll [B, L] of `targets` or None."""
         head = self.head(z_t, gamma, x_sc, E, ramp)
+        # nothing trains through x_hat: without this the divergence would pay for d x_hat / dW, a [V, D] sum
         head.update(W=head["W"].detach(), b=head["b"].detach())
         return common.expected_embedding(**head, values=E, targets=targets)
 
-    def two_pass(self, z_t, gamma, E, targets=None, self_cond=True):
-        """`denoise` given its own first estimate, or zeros without self-conditioning."""
+    def two_pass(self, z_t, gamma, E, mode, targets=None):
+        """`denoise` given its own first estimate, to the gradient a function of z_t (mode chain) or
+        a constant (detached). Mode none and a model without self-conditioning take one pass."""
         x_sc = torch.zeros_like(z_t)
-        if self_cond:
+        if self.self_cond and mode != "none":
             x_sc = self.denoise(z_t, gamma, x_sc, E)[0]
-        return self.denoise(z_t, gamma, x_sc, E, targets)
+        return self.denoise(z_t, gamma, x_sc.detach() if mode == "detached" else x_sc, E, targets)
 
     # --- 5. loss (paper, eq. 18 and algorithm 1) ------------------------------------------------------------
 
     def loss(self, batch, t=None, noise=None, coins=None):
-        """(CE + schedule loss, metrics) in nats per token. Draws: t = quantiles q [B], noise = eps [B, L, D],
-        coins = bool [B], the rows that see their own first estimate."""
+        """(CE + schedule loss, metrics): means over the global batch in nats per token (paper, eq. 18).
+
+        batch: tokens [B, L] int64; where there is padding mask [B, L] bool (True counts) and global_len, the
+        real lengths of the global batch; `rows` from the training loop. Draws: t = quantiles q [B], noise =
+        eps [B, L, D], coins = bool [B], the rows with a first pass.
+        """
         tokens, mask = batch["tokens"], batch.get("mask")                   # [B, L] int64, [B, L] bool
         rows = batch.get("rows") or common.Rows.default(len(tokens))
         E = self.codebook()                                                 # [V, D]
@@ -282,7 +297,7 @@ class LangFlow(nn.Module):
         return ce + sched, dict(ce=ce.detach(), sched=sched.detach(), **scalars)
 
     def bias_factor(self, batch):
-        """r in [0, 1]: the Gaussian bias grows linearly over the first steps; full without a step count."""
+        """r in [0, 1], the share of the Gaussian bias: grows with the step of `rows`; 1 without them."""
         if not self.cfg.bias_ramp or "rows" not in batch:
             return 1.0
         return min(1.0, batch["rows"].step / self.cfg.bias_ramp)
@@ -327,9 +342,8 @@ class LangFlow(nn.Module):
         one_of("divergence", divergence, "chain", "none", "detached")
         one_of("ode_solver", ode_solver, "heun", "euler")
         one_of("probe", probe, "rademacher", "gaussian")
-        if min(draws, ode_steps) < 1:
-            raise common.UserError(f"--draws={draws} --ode_steps={ode_steps}: both must be at least 1")
-        mode = divergence if self.self_cond else "none"
+        check(draws >= 1, "draws", draws, "must be at least 1")
+        check(ode_steps >= 1, "ode_steps", ode_steps, "must be at least 1")
         with torch.no_grad():
             E = self.codebook()
             x = F.embedding(tokens, E)
@@ -338,16 +352,16 @@ class LangFlow(nn.Module):
             alpha, sigma = alpha_sigma(gamma_min)
             eps = torch.randn_like(x) if noise is None else noise[0]
             z_a = bc(alpha) * x + bc(sigma) * eps
-            reconst = (self.two_pass(z_a, gamma_min, E, tokens, mode != "none")[1] * counts).sum(1)
+            reconst = (self.two_pass(z_a, gamma_min, E, divergence, tokens)[1] * counts).sum(1)
             later = None if noise is None else noise[1:]
             if likelihood == "sde":
-                terms = self._sde_terms(x, counts, E, gamma_max, mode != "none", draws, t, later)
+                terms = self._sde_terms(x, counts, E, gamma_max, divergence, draws, t, later)
             else:
                 y_a = z_a / bc(sigma)
-                terms = self._ode_terms(y_a, eps, counts, E, mode, ode_steps, ode_solver, probe, later)
+                terms = self._ode_terms(y_a, eps, counts, E, divergence, ode_steps, ode_solver, probe, later)
         return dict(nll=reconst + sum(terms.values()), reconst=reconst, **terms)
 
-    def _sde_terms(self, x, counts, E, gamma_max, self_cond, draws, t, noise):
+    def _sde_terms(self, x, counts, E, gamma_max, mode, draws, t, noise):
         """integral: mean of e^-gamma ||x_hat - x||^2 / 2 pi(gamma); prior: e^-gamma_max ||x||^2 / 2 >= KL."""
         if t is None:
             strata = torch.arange(draws, device=x.device, dtype=x.dtype)[:, None]
@@ -357,7 +371,7 @@ class LangFlow(nn.Module):
             gamma = self.proposal.gamma_of(q)                               # [B]
             alpha, sigma = alpha_sigma(gamma)
             z_t = bc(alpha) * x + bc(sigma) * (torch.randn_like(x) if noise is None else noise[j])
-            x_hat, _ = self.two_pass(z_t, gamma, E, self_cond=self_cond)
+            x_hat, _ = self.two_pass(z_t, gamma, E, mode)
             error = ((x_hat - x).square().sum(-1) * counts).sum(1)          # [B]
             total += 0.5 * torch.exp(-gamma - self.proposal.log_density(gamma)) * error
         prior = 0.5 * torch.exp(-gamma_max) * (x.square().sum(-1) * counts).sum(1)
@@ -369,7 +383,8 @@ class LangFlow(nn.Module):
         differs from the official code: control = (N - ||eps||^2) / 2 has mean zero and cancels the noise, of
         standard deviation sqrt(N / 2) nats a sequence, that eps brings into the other terms.
         """
-        gamma = self.proposal.gamma_of(torch.linspace(0, 1, steps + 1, dtype=E.dtype, device=E.device))
+        q = torch.linspace(0, 1, steps + 1, dtype=E.dtype, device=E.device).clamp(CUTOFF, 1 - CUTOFF)
+        gamma = self.proposal.gamma_of(q)                                   # [steps + 1], rising
         sigma = alpha_sigma(gamma)[1]
         probes = None if noise is None else iter(noise)
 
@@ -395,10 +410,7 @@ class LangFlow(nn.Module):
         """
         with torch.enable_grad():
             z_t = z_t.detach().requires_grad_(True)
-            x_sc = torch.zeros_like(z_t)
-            if mode != "none":
-                x_sc = self.denoise(z_t, gamma, x_sc, E)[0]
-            x_hat = self.denoise(z_t, gamma, x_sc.detach() if mode == "detached" else x_sc, E)[0]
+            x_hat, _ = self.two_pass(z_t, gamma, E, mode)
             grad, = torch.autograd.grad((x_hat * probe).sum(), z_t)
         return x_hat.detach(), (grad * probe).sum((1, 2))
 
@@ -424,10 +436,10 @@ class LangFlow(nn.Module):
         D] replaces the first draw. The model must be in eval mode.
         """
         one_of("solver", solver, "euler", "heun")
-        if steps < 1 or temperature <= 0 or not 0 <= rewrite <= 1:
-            raise common.UserError("sampling needs --steps >= 1, --temperature > 0 and 0 <= --rewrite <= 1")
-        if known is None and rewrite:
-            raise common.UserError(f"--rewrite={rewrite}: there is no text to rewrite; give one")
+        check(steps >= 1, "steps", steps, "must be at least 1")
+        check(temperature > 0, "temperature", temperature, "must be above 0")
+        check(0 <= rewrite <= 1, "rewrite", rewrite, "a quantile lies in [0, 1]")
+        check(not rewrite or known is not None, "rewrite", rewrite, "no text to rewrite; give --prompt=")
         E = self.codebook()
         fixed = torch.zeros(n, length, 1, dtype=torch.bool, device=E.device)
         if known is not None:
@@ -435,19 +447,20 @@ class LangFlow(nn.Module):
         start = rewrite if rewrite and fixed.all() else 1.0                 # above, nothing is decided
         q = torch.linspace(min(start, 1 - CUTOFF), CUTOFF, steps, dtype=E.dtype, device=E.device)
         gamma = self.proposal.gamma_of(q)                                   # [steps], falling
-        tau, (alpha, sigma) = tau_of(gamma.double()), alpha_sigma(gamma.double())
+        tau, sigma = tau_of(gamma.double()), alpha_sigma(gamma.double())[1]
         held = (q > rewrite).tolist()
 
-        z_t = torch.randn(n, length, E.shape[1], dtype=E.dtype, device=E.device) if noise is None else noise
-        x = torch.zeros_like(z_t) if known is None else F.embedding(known, E)
-        z_t = torch.where(fixed, (alpha[0] * x + sigma[0] * z_t).to(E.dtype), z_t)
-        y = z_t.double() / sigma[0]                                         # solver state in float64
-        x_sc = torch.zeros_like(z_t)
+        eps = torch.randn(n, length, E.shape[1], dtype=E.dtype, device=E.device) if noise is None else noise
+        x = torch.zeros_like(eps) if known is None else F.embedding(known, E)
+        # solver state y = z / sigma in float64: z = alpha x + sigma eps where x is known, else z = eps
+        y = torch.where(fixed, tau[0] * x.double() + eps, eps.double() / sigma[0])
+        x_sc = torch.zeros_like(eps)
 
         def evaluate(y, k, x_sc):
             head = self.head((sigma[k] * y).to(E.dtype), gamma[k].expand(n), x_sc, E)
             if temperature != 1:
-                head.update({k: head[k] / temperature for k in ("u", "b", "skip") if head[k] is not None})
+                for key in ("u", "b", "skip"):
+                    head[key] = None if head[key] is None else head[key] / temperature
             x_hat = common.expected_embedding(**head, values=E)[0]
             # with x_hat = E[x] a held position follows its own exact flow, y = tau E[x] + eps
             return head, torch.where(fixed, x, x_hat) if held[k] else x_hat
@@ -486,8 +499,8 @@ class LangFlow(nn.Module):
             gamma = torch.full((len(x),), math.log(E.shape[1] / 64) + k, device=E.device, dtype=E.dtype)
             alpha, sigma = alpha_sigma(gamma)
             z_t = bc(alpha) * x + bc(sigma) * torch.randn_like(x)
-            one, two = (self.two_pass(z_t, gamma, E, tokens, sc)[1][mask].mean()
-                        for sc in (False, self.self_cond))
+            one, two = (self.two_pass(z_t, gamma, E, mode, tokens)[1][mask].mean()
+                        for mode in ("none", "chain"))
             lines.append(f"  {gamma[0]:5.2f}: {one:.3f}  {two:.3f}  {p.information(gamma[0]):.3f}")
         unit = F.normalize(E, dim=1)
         nearest = torch.cdist(unit[:1000], unit).topk(2, dim=1, largest=False).values[:, 1]   # [:, 0]: itself
