@@ -560,6 +560,11 @@ def from_text(name, train, val, tokenizer, length):
     tok = make_tokenizer(tokenizer, train + val if tokenizer == "char" else train)
     return in_memory(name, tok, dict(train=[train], val=[val]), length)
 
+def from_pairs(name, pairs, tok, length, max_source):
+    """Corpus of {split: [(source, target)]}."""
+    texts = {k: list(itertools.chain(*items)) for k, items in pairs.items()}
+    return in_memory(name, tok, texts, length, "pairs", max_source)
+
 def read_text(path):
     """The text of a file, or of all text files of a folder in sorted order."""
     kinds, texts = (".txt", ".md", ".rst", ".text"), []
@@ -588,17 +593,16 @@ def pairs_file(path, tokenizer, length, max_source):
     sources = sorted({source for source, _ in pairs}, key=lambda s: zlib.crc32(s.encode()))
     refuse(len(sources) < 2, f"{path} holds one source; at least 2 are needed, one of them for validation")
     val = set(sources[:max(len(sources) // 10, 1)])
-    sides = {k: [text for pair in pairs if (pair[0] in val) == (k == "val") for text in pair]
-             for k in ("train", "val")}
+    sides = {k: [p for p in pairs if (p[0] in val) == (k == "val")] for k in ("train", "val")}
     tok = make_tokenizer(tokenizer, "".join(itertools.chain(*pairs)), reserved=True)
-    return in_memory(path.name, tok, sides, length, "pairs", max_source)
+    return from_pairs(path.name, sides, tok, length, max_source)
 
 def reverse_corpus(length, max_source, n=20_000):
     """A conditional task that a CPU can learn: the target is the source (4 to 10 letters) backwards."""
     rng, letters, sides = np.random.default_rng(7), "abcdefghijklmnopqrstuvwxyz", {"train": [], "val": []}
     for word in sorted({"".join(letters[i] for i in rng.integers(0, 26, k)) for k in rng.integers(4, 11, n)}):
-        sides["val" if held_out(word) else "train"] += word, word[::-1]
-    return in_memory("reverse", Chars(letters, reserved=True), sides, length, "pairs", max_source)
+        sides["val" if held_out(word) else "train"].append((word, word[::-1]))
+    return from_pairs("reverse", sides, Chars(letters, reserved=True), length, max_source)
 
 def row_corpus(name, words, draw, entropy, n):
     """Corpus of known entropy (nats per row): draw(n, seed) -> ids [n, L]; 4,096 rows are held out."""
@@ -1239,9 +1243,13 @@ def nats(p):
     p = p[p > 0]
     return float(-(p * np.log(p)).sum())
 
+def entropies(rows):
+    """Entropy in nats of the token counts of every row (of any length), at most ln of its length."""
+    return np.array([nats(np.unique(array(row), return_counts=True)[1] / len(row)) for row in rows])
+
 def entropy(rows):
-    """Mean unigram entropy of samples [n, L], nats: low for text that repeats itself, at most ln L."""
-    return float(np.mean([nats(np.unique(array(r), return_counts=True)[1] / len(r)) for r in rows]))
+    """Mean unigram entropy of samples [n, L], nats: low for text that repeats itself."""
+    return float(entropies(rows).mean())
 
 def distinct_n(rows, n):
     """Distinct n-grams over all n-grams, all samples [B, L] together; rep-n is one minus it."""
