@@ -18,7 +18,8 @@ Units: nats, tokens, bytes.
 import argparse, csv, difflib, functools, gzip, hashlib, heapq, importlib, itertools, json, lzma, math
 import multiprocessing, os, re, sys, sysconfig, tarfile, threading, time, unicodedata, urllib.request, zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -883,7 +884,7 @@ class Files:
             if all(paths):
                 rows = [self.rows(path, member) for path in paths]
                 rows = aligned(paths, rows) if len(rows) == 2 else rows[0]
-                return parts("".join(rows), *recipe.cut[split]) if recipe.cut else rows
+                return parts(rows, *recipe.cut[split]) if recipe.cut else rows
         dataset, configuration, splits = recipe.hub
         if self.folder or split not in splits:
             return None
@@ -920,10 +921,11 @@ def aligned(paths, columns):
         refuse(None in row, f"{paths[0]} and {paths[1]} differ in length: one of them ends before line {n}")
         yield row
 
-def parts(text, start, stop):
+def parts(rows, start, stop):
     """A text between two twentieths, cut at spaces into parts of a megabyte: work for several processes."""
+    text = "".join(rows)
     text = text[len(text) * start // 20:len(text) * stop // 20]
-    return re.findall(r"(?s).{1,1000000}(?= |\Z)|.{1,1000000}", text)
+    yield from re.findall(r"(?s).{1,1000000}(?= |\Z)|.{1,1000000}", text)
 
 # --- 7. preparation and opening ----------------------------------------------------------------------
 
@@ -946,17 +948,20 @@ def tokenize(documents):
     return np.concatenate(ids), [*map(len, ids)], sum(len(t.encode("utf-8", "replace")) for t in texts)
 
 def tokenized(documents, batch, work, workers):
-    """tokenize over batches of documents, in order, on all cores, with two batches a core under way."""
-    documents, under_way = iter(documents), threading.Semaphore(2 * workers)
+    """tokenize over batches of documents, in order, on all cores, with about 128 MB of text under way."""
+    documents = iter(documents)
     batches = iter(lambda: list(itertools.islice(documents, batch)), [])
     if workers == 1:
         start_worker(*work)
         yield from map(tokenize, batches)
         return
-    with multiprocessing.Pool(workers, start_worker, work) as pool:
-        for result in pool.imap(tokenize, (b for b in batches if under_way.acquire())):
-            yield result
-            under_way.release()
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=work) as pool:
+        queue = deque()                             # (result to come, characters)
+        for texts in batches:
+            queue.append((pool.submit(tokenize, texts), sum(map(len, map("".join, texts)))))
+            while len(queue) > 3 * workers or sum(size for _, size in queue) > 128e6:
+                yield queue.popleft()[0].result()
+        yield from (result.result() for result, _ in queue)
 
 def pack(ids, length, bos, eos):
     """Blocks [n, length] of bos, length - 2 ids, eos; and the ids that are left over (data page, 2.2)."""
@@ -975,17 +980,18 @@ def saved(path):
 
 def write_split(stem, split, results, files, plan):
     """Write STEM_SPLIT.bin (for documents and pairs, their ends in .idx too); its entry in the meta file."""
-    size, left, ends, began = Counter(), np.zeros(0, dtype="<u2"), [[0]], time.time()
-    sha256, pairs = hashlib.sha256(), plan["layout"] == "pairs"
+    size, ends = Counter(documents=0, tokens=0, blocks=0, ids=0, bytes_of_text=0), [[0]]
+    sha256, left, began = hashlib.sha256(), np.zeros(0, dtype="<u2"), time.time()
+    pairs = plan["layout"] == "pairs"
     def status():
-        done, text, seconds = files.fraction(), size["bytes_of_text"] / 1e6, time.time() - began
+        done, text, seconds = files.fraction(), size["bytes_of_text"] / 1e6, time.time() - began + 1e-9
         return (f"{split}  {size['documents']:,} documents  {size['tokens']:,} tokens  "
                 + f"{size['blocks']:,} blocks  {text:.2f} MB  {text / seconds:.2f} MB/s"
                 + (f"  {done:.0%}  eta {seconds * (1 - done) / done:,.0f}s" if 0 < done < 1 else ""))
     with saved(f"{stem}_{split}.bin") as f:
         for ids, count, text in results:
             ends.append(size["tokens"] + np.cumsum(count))
-            size.update(documents=len(count) // (1 + pairs), bytes_of_text=text, tokens=len(ids))
+            size.update(documents=len(count) // (1 + pairs), tokens=len(ids), bytes_of_text=text)
             if plan["layout"] == "blocks":          # `compat` drops the rest of a batch, `global` keeps it
                 ids = np.concatenate([left, ids]) if plan["packing"] == "global" else ids
                 ids, left = pack(ids, plan["length"], plan["bos"], plan["eos"])
