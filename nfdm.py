@@ -557,11 +557,12 @@ class NFDM(nn.Module):
     # --- 7. likelihood ---------------------------------------------------------------------------
 
     @torch.no_grad()
-    def nll(self, tokens, mask=None, likelihood="sde", n_times=8, ode_steps=32, probes=1):
+    def nll(self, tokens, mask=None, likelihood="sde", n_times=8, ode_steps=64, probes=1):
         """Upper bound on -log P(tokens), nats per sequence [B], over all positions (PAD is a token here).
         sde: reconstruction + prior + diffusion at `n_times` stratified times t = (k + u) / K.
-        ode: -log p(tokens|z_0) + log q(z_0|x) - log p_ODE(z_0) at one z_0, Runge-Kutta 4, `ode_steps` steps;
-        the divergence by `probes` Rademacher vectors, 0 = exact (L De backward passes)."""
+        ode: -log p(tokens|z_0) + log q(z_0|x) - log p_ODE(z_0) at one z_0, Runge-Kutta 4 (on a trained `tiny`
+        32 steps are off by 0.007 nats/token, 64 by 0.0006; float64 moves nothing), the divergence by `probes`
+        Rademacher vectors, 0 = exact (L De backward passes)."""
         if likelihood not in ("sde", "ode") or min(n_times, ode_steps, probes + 1) < 1:
             raise UserError("--likelihood is sde or ode, --n_times and --ode_steps at least 1, --probes 0")
         x = self.embed(tokens)
