@@ -210,9 +210,9 @@ class LangFlow(nn.Module):
               "the subset form takes one row in k, so 1/k; --self_cond_form=bernoulli takes any share")
         # the published loc, moved with the width: the noise that hides a token grows with its norm sqrt(D)
         loc = 4.723 + math.log(cfg.d_model / 768) if cfg.gumbel_loc is None else cfg.gumbel_loc
-        entropy = cfg.gumbel_entropy
-        if entropy is None:
-            entropy = cfg.unigram_entropy or math.log(cfg.vocab)
+        text = cfg.unigram_entropy or math.log(cfg.vocab)
+        entropy = text if cfg.gumbel_entropy is None else cfg.gumbel_entropy
+        check(cfg.bias_ramp >= 0, "bias_ramp", cfg.bias_ramp, "a number of steps, 0 or more")
         check(cfg.gumbel_scale > 0, "gumbel_scale", cfg.gumbel_scale, "must be above 0")
         check(entropy > 0, "gumbel_entropy", entropy, "must be above 0")
         self.proposal = Gumbel(loc, cfg.gumbel_scale, entropy)
@@ -241,7 +241,7 @@ class LangFlow(nn.Module):
     def denoise(self, z_t, gamma, x_sc, E, targets=None, ramp=1.0):
         """The estimate x_hat = p E of E[x | z_t], [B, L, D], and the nll [B, L] of `targets` or None."""
         head = self.head(z_t, gamma, x_sc, E, ramp)
-        # nothing trains through x_hat: without this the divergence would pay for d x_hat / dW, a [V, D] sum
+        # nothing trains through x_hat; attached, the head would also form dW [V, D] for every divergence
         head.update(W=head["W"].detach(), b=head["b"].detach())
         return common.expected_embedding(**head, values=E, targets=targets)
 
@@ -256,11 +256,12 @@ class LangFlow(nn.Module):
     # --- 5. loss (paper, eq. 18 and algorithm 1) ------------------------------------------------------------
 
     def loss(self, batch, t=None, noise=None, coins=None):
-        """(CE + schedule loss, metrics): means over the global batch in nats per token (paper, eq. 18).
+        """(CE + schedule loss, metrics) in nats per token (paper, eq. 18); their mean over equal chunks of a
+        batch, ranks or micro-steps, is the value of the whole.
 
         batch: tokens [B, L] int64; where there is padding mask [B, L] bool (True counts) and global_len, the
-        real lengths of the global batch; `rows` from the training loop. Draws: t = quantiles q [B], noise =
-        eps [B, L, D], coins = bool [B], the rows with a first pass.
+        real lengths of all rows of the whole batch; `rows` from the training loop. Draws: t = quantiles q
+        [B], noise = eps [B, L, D], coins = bool [B], the rows with a first pass.
         """
         tokens, mask = batch["tokens"], batch.get("mask")                   # [B, L] int64, [B, L] bool
         rows = batch.get("rows") or common.Rows.default(len(tokens))
@@ -276,31 +277,27 @@ class LangFlow(nn.Module):
         alpha, sigma = alpha_sigma(gamma)
         z_t = bc(alpha) * x + bc(sigma) * eps                               # [B, L, D]
 
-        # 3. first pass, without gradient, on the rows that drew it (in train mode, dropout included)
-        ramp = self.bias_factor(batch)
+        # 3. share r of the Gaussian bias: grows with the step, and is 1 in bare use, which has no step
+        ramp = min(1.0, rows.step / self.cfg.bias_ramp) if self.cfg.bias_ramp and "rows" in batch else 1.0
+
+        # 4. first pass, without gradient, on the rows that drew it (in train mode, dropout included)
         x_sc = torch.zeros_like(z_t)
         index = (self.self_cond_rows(rows) if coins is None else coins).nonzero()[:, 0].to(tokens.device)
         if len(index):
             with torch.no_grad():
                 x_sc[index] = self.denoise(z_t[index], gamma[index], x_sc[index], E, ramp=ramp)[0]
 
-        # 4. main pass; the weights sum to one over the global batch
+        # 5. main pass; the weights sum to one over the global batch
         counts = torch.ones_like(tokens, dtype=E.dtype) if mask is None else mask.to(E.dtype)       # [B, L]
         length = batch["global_len"].to(E.dtype).mean() if "global_len" in batch else counts.sum(1).mean()
         head = self.head(z_t, gamma, x_sc, E, ramp)
         ce, nll = common.token_ce(**head, targets=tokens, weight=counts / (len(tokens) * length))
 
-        # 5. the schedule follows the CE of each row at its own gamma; a gradient for the three scalars only
+        # 6. the schedule follows the CE of each row at its own gamma; a gradient for the three scalars only
         nll_row = (nll * counts).sum(1) / counts.sum(1).clamp(min=1)        # [B]
         sched = (nll_row - self.proposal.information(gamma)).square().mean()
         scalars = {name: p.detach().clone() for name, p in self.proposal.named_parameters()}
         return ce + sched, dict(ce=ce.detach(), sched=sched.detach(), **scalars)
-
-    def bias_factor(self, batch):
-        """r in [0, 1], the share of the Gaussian bias: grows with the step of `rows`; 1 without them."""
-        if not self.cfg.bias_ramp or "rows" not in batch:
-            return 1.0
-        return min(1.0, batch["rows"].step / self.cfg.bias_ramp)
 
     def self_cond_rows(self, rows):
         """bool [B] on the CPU: rows with a first pass, a function of (seed, step) over the global batch.
@@ -386,11 +383,13 @@ class LangFlow(nn.Module):
         q = torch.linspace(0, 1, steps + 1, dtype=E.dtype, device=E.device).clamp(CUTOFF, 1 - CUTOFF)
         gamma = self.proposal.gamma_of(q)                                   # [steps + 1], rising
         sigma = alpha_sigma(gamma)[1]
-        probes = None if noise is None else iter(noise)
+        needed = 2 * steps if solver == "heun" else steps
+        assert noise is None or len(noise) >= needed, f"{len(noise)} probes, one per evaluation is {needed}"
+        given = None if noise is None else iter(noise)
 
         def field(y, j):
-            u = torch.randn_like(eps) if probes is None else next(probes)
-            if probe == "rademacher" and probes is None:                    # never noisier than a Gaussian
+            u = torch.randn_like(eps) if given is None else next(given)
+            if given is None and probe == "rademacher":                     # never noisier than a Gaussian
                 u = u.sign()
             z_t, level = (sigma[j] * y).to(E.dtype), gamma[j].expand(len(y))
             x_hat, trace = self.divergence(z_t, level, E, u * counts[..., None], mode)
@@ -440,6 +439,7 @@ class LangFlow(nn.Module):
         check(temperature > 0, "temperature", temperature, "must be above 0")
         check(0 <= rewrite <= 1, "rewrite", rewrite, "a quantile lies in [0, 1]")
         check(not rewrite or known is not None, "rewrite", rewrite, "no text to rewrite; give --prompt=")
+        assert known is not None or known_mask is None, "known_mask says where, known must say what"
         E = self.codebook()
         fixed = torch.zeros(n, length, 1, dtype=torch.bool, device=E.device)
         if known is not None:

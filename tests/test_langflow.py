@@ -477,6 +477,42 @@ def test_equivariance_and_invariance():
         close(other[1], nll, 1e-12)
 
 
+def test_masked_sde_bound_splits_over_the_positions():
+    """All its terms are sums over positions: a mask and its complement add up to the whole."""
+    m, tokens = random_model(), torch.randint(29, (3, 8))
+    mask = torch.rand(3, 8) < 0.5
+    draws = dict(t=torch.rand(2, 3).double(), noise=torch.randn(3, 3, 8, 32).double(), draws=2)
+    whole, part, rest = (m.nll(tokens, x, **draws) for x in (None, mask, ~mask))
+    for key in ("nll", "reconst", "integral", "prior"):
+        close(part[key] + rest[key], whole[key], 1e-10)
+
+
+def test_draws_of_the_likelihoods():
+    """SDE: each sequence has one quantile in each of `draws` strata. ODE: signs by default, or Gaussians."""
+    m, tokens, seen = random_model(), torch.randint(29, (3, 8)), []
+    m.two_pass = lambda z, gamma, *args: seen.append(gamma) or LangFlow.two_pass(m, z, gamma, *args)
+    m.nll(tokens, draws=5)
+    q = (m.proposal.information(torch.stack(seen[1:])) / m.proposal.entropy).detach()       # [5, 3]
+    assert torch.equal((5 * q).floor(), torch.arange(5.0, dtype=torch.float64)[:, None].expand(5, 3))
+    assert (q.std(1) > 0).all()
+    probes = []
+    m.divergence = lambda z, g, E, u, mode: probes.append(u) or LangFlow.divergence(m, z, g, E, u, mode)
+    for probe in ("rademacher", "gaussian"):
+        m.nll(tokens, likelihood="ode", ode_steps=1, probe=probe)
+    assert [bool((u.abs() == 1).all()) for u in probes] == [True, True, False, False]
+
+
+def test_schedule_has_its_own_rate_and_clip_and_a_positive_scale():
+    m = LangFlow(small(lr=1e-3, schedule_lr=0.7))
+    network, schedule = m.param_groups()
+    assert {id(p) for p in schedule["params"]} == {id(p) for p in m.proposal.parameters()}
+    assert len(network["params"]) + 3 == len(list(m.parameters())) and network["lr"] == 1e-3
+    assert schedule["lr"] == 0.7 and schedule["clip"] != network.get("clip", "main")
+    m.proposal.scale.data.fill_(-0.5)
+    m.after_step(0, torch.tensor(True))
+    assert m.proposal.scale == langflow.MIN_SCALE
+
+
 def test_masked_loss_is_the_mean_over_the_global_batch():
     """Two halves averaged = the whole batch, though their real lengths differ."""
     m = random_model()
@@ -514,23 +550,30 @@ def test_published_parameter_counts(preset, count):
     assert "backbone.self_cond_proj.weight" in model.state_dict() and "proposal.loc" in model.state_dict()
 
 
-@pytest.mark.parametrize("keys", [dict(self_cond_form="always"), dict(self_cond_prob=0.3),
-                                  dict(self_cond_prob=1.5)])
-def test_bad_configuration_is_refused(keys):
-    with pytest.raises(common.UserError, match="self_cond"):
-        LangFlow(small(**keys))
+@pytest.mark.parametrize("key, value", [
+    ("self_cond_form", "always"), ("self_cond_prob", 0.3), ("self_cond_prob", 1.5), ("bias_ramp", -1),
+    ("gumbel_scale", 0.0), ("gumbel_entropy", 0.0), ("vocab", 0)])
+def test_bad_configuration_is_refused(key, value):
+    with pytest.raises(common.UserError, match=f"--{key}={value}: .+"):
+        LangFlow(small(**{key: value}))
 
 
-@pytest.mark.parametrize("call", [
-    lambda m, x: m.nll(x, likelihood="elbo"), lambda m, x: m.nll(x, likelihood="ode", divergence="full"),
-    lambda m, x: m.nll(x, likelihood="ode", ode_solver="rk4"), lambda m, x: m.nll(x, draws=0),
-    lambda m, x: m.nll(x, likelihood="ode", probe="uniform"), lambda m, x: m.sample(2, 8, 0),
-    lambda m, x: m.sample(2, 8, 4, temperature=0.0), lambda m, x: m.sample(2, 8, 4, solver="dpm"),
-    lambda m, x: m.sample(2, 8, 4, rewrite=0.5), lambda m, x: m.sample(2, 9, 4)])
-def test_bad_options_are_refused(call):
-    m = random_model()
-    with pytest.raises(common.UserError):
-        call(m, torch.zeros(2, 8, dtype=torch.int64))
+@pytest.mark.parametrize("call, text", [
+    (lambda m, x: m.nll(x, likelihood="elbo"), "--likelihood=elbo: choose one of sde, ode"),
+    (lambda m, x: m.nll(x, divergence="full"), "--divergence=full: choose one of chain, none, detached"),
+    (lambda m, x: m.nll(x, ode_solver="rk4"), "--ode_solver=rk4: choose one of heun, euler"),
+    (lambda m, x: m.nll(x, probe="uniform"), "--probe=uniform: choose one of rademacher, gaussian"),
+    (lambda m, x: m.nll(x, draws=0), "--draws=0: must be at least 1"),
+    (lambda m, x: m.nll(x, ode_steps=0), "--ode_steps=0: must be at least 1"),
+    (lambda m, x: m.sample(2, 8, 0), "--steps=0: must be at least 1"),
+    (lambda m, x: m.sample(2, 8, 4, temperature=0.0), "--temperature=0.0: must be above 0"),
+    (lambda m, x: m.sample(2, 8, 4, solver="dpm"), "--solver=dpm: choose one of euler, heun"),
+    (lambda m, x: m.sample(2, 8, 4, known=x, rewrite=2.0), "--rewrite=2.0: a quantile lies in"),
+    (lambda m, x: m.sample(2, 8, 4, rewrite=0.5), "--rewrite=0.5: no text to rewrite"),
+    (lambda m, x: m.sample(2, 9, 4), "sequence of 9 tokens is longer than the model's length=8")])
+def test_bad_options_are_refused(call, text):
+    with pytest.raises(common.UserError, match=text):
+        call(random_model(), torch.zeros(2, 8, dtype=torch.int64))
 
 
 # --- with an exact denoiser ------------------------------------------------------------------------
