@@ -187,20 +187,22 @@ def without_tf32():
         torch.set_float32_matmul_precision(precision)
 
 
-def half(gram, size):
-    """[D, D] of value S, S^T S = gram [D, D] float64, and the derivative of S^-T gram with S constant.
-
-    size: of an entry of gram without its rounding error; the jitter of that order (no host sync to look
-    whether it is needed) only matters for directions that are hardly there.
-    """
+def cholesky(gram, size):
+    """Upper S [D, D] float64, S^T S = gram (detached) but for a jitter: the rounding error of entries of the
+    given size, so that gram may be singular and no host sync has to look whether it is."""
+    gram = gram.detach().double()
     eye = torch.eye(len(gram), device=gram.device, dtype=torch.float64)
-    S = torch.linalg.cholesky_ex(gram.detach() + size * eye, upper=True)[0]
-    return torch.linalg.solve_triangular(S.T, gram, upper=False)
+    return torch.linalg.cholesky_ex(gram + size * eye, upper=True)[0]
 
 
-def rounding(gram, dtype):
-    """What the diagonal of a Gram matrix computed in `dtype` may be wrong by, and more than zero."""
-    return 8 * torch.finfo(dtype).eps * gram.detach().diagonal().mean() + torch.finfo(torch.float64).tiny
+def rounding(gram):
+    """Rounding error of a Gram matrix [D, D] of many terms, in its own precision."""
+    return 8 * torch.finfo(gram.dtype).eps * gram.detach().diagonal().mean()
+
+
+def solve(S, x):
+    """S^-T x in float64 for an upper triangular S."""
+    return torch.linalg.solve_triangular(S.T, x.double(), upper=False)
 
 
 @without_tf32()
@@ -209,8 +211,8 @@ def gram_root(A, W):
 
     A [V, D]: the value of W, detached. The Gram matrix in W's dtype, its factor in float64.
     """
-    gram = (A.T @ W).double()
-    return half(gram, rounding(gram, W.dtype)).to(W.dtype)
+    gram = A.T @ W
+    return solve(cholesky(gram, rounding(gram)), gram).to(W.dtype)
 
 
 @without_tf32()
@@ -221,11 +223,12 @@ def joint_root(W_teacher, W):
     R. Both parts come from delta = W - W_T, so that nothing cancels while the student is near its teacher:
     Q^T W = C + Q^T delta and R^T R = delta^T delta - (Q^T delta)^T (Q^T delta).
     """
-    delta = W - W_teacher
-    C = gram_root(W_teacher, W_teacher).double()
-    shared = torch.linalg.solve_triangular(C.T, (W_teacher.T @ delta).double(), upper=False)   # Q^T delta
-    moved = (delta.detach().T @ delta).double()
-    R = half(moved - shared.detach().T @ shared, rounding(moved, W.dtype))
+    delta, gram = W - W_teacher, W_teacher.T @ W_teacher
+    C = cholesky(gram, rounding(gram))
+    shared, moved = solve(C, W_teacher.T @ delta), delta.detach().T @ delta
+    rest = moved.double() - shared.detach().T @ shared
+    smallest = torch.finfo(W.dtype).eps * rounding(gram)        # delta of the last bit of W: R = 0 needs it
+    R = solve(cholesky(rest, rounding(moved) + smallest), rest)
     pairs = torch.cat([C, torch.zeros_like(C)]), torch.cat([C + shared, R])
     return tuple(x.to(W.dtype) for x in pairs)
 
