@@ -1,9 +1,8 @@
-"""Sentences of exactly known entropy and probability, for tests: a small grammar with agreement across clauses.
+"""Sentences of exactly known entropy and probability, for tests: a small grammar with agreement of number.
 
 A likelihood bound stays above `entropy()`; samples can be scored exactly by `logprob`.
 """
 import math
-
 
 
 def weights(words, probabilities, ending=""):

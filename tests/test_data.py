@@ -607,7 +607,7 @@ def test_command_line_errors_are_one_line_and_status_2(tmp_path, capsys):
     for argv, said in cases.items():
         fails(said, data.main, [*argv.split(), f"--out={tmp_path / 'c'}"])
     for name in data.RECIPES:
-        fails(f"none of the files of {name}", data.prepare, name, tmp_path, tmp_path / "c")
+        fails(f"none of the files of {name}", data.prepare, name, tmp_path, tmp_path / "d")
     data.main([f"--out={tmp_path / 'c'}"])
     out = capsys.readouterr().out
     assert all(name in out for name in data.RECIPES) and "absent" in out
