@@ -288,6 +288,7 @@ def test_schedule_is_its_own_information_curve():
     q = torch.linspace(1e-5, 1 - 1e-5, 501, dtype=torch.float64)
     gamma = p.gamma_of(q)
     close(p.information(gamma), p.entropy * q, 1e-12)
+    assert torch.equal(p.gamma_of(torch.tensor([0.0, 1.0]).double()), torch.stack(p.gamma_range()))
     h = 1e-5
     slope = (p.information(gamma + h) - p.information(gamma - h)) / (2 * h) / p.entropy
     close(slope, p.log_density(gamma).exp(), 1e-6)
@@ -438,7 +439,8 @@ def test_self_conditioning_forms():
     tosses = [coin.self_cond_rows(common.Rows(0, step, 0, 4, 8)) for step in range(400)]
     assert all(x.all() or not x.any() for x in tosses)
     assert abs(sum(bool(x[0]) for x in tosses) / 400 - 0.3) < 0.1
-    assert torch.equal(coin.self_cond_rows(common.Rows(0, 7, 4, 4, 8)), tosses[7])  # as the other rank
+    other = [coin.self_cond_rows(common.Rows(0, step, 4, 4, 8)) for step in range(400)]
+    assert all(torch.equal(a, b) for a, b in zip(tosses, other))                    # the ranks agree
 
 
 def test_the_three_official_switches():
@@ -528,6 +530,13 @@ def test_masked_loss_is_the_mean_over_the_global_batch():
     whole = part(slice(0, 8))
     halves = [part(slice(i, i + 4), global_len=lens) for i in (0, 4)]
     close(sum(halves) / 2, whole, 1e-12)
+    gamma, none = m.proposal.gamma_of(t), torch.zeros(8, dtype=torch.bool)
+    E, z = noisy(m, tokens, gamma, noise)
+    nll = m.denoise(z, gamma, torch.zeros_like(z), E, tokens)[1] * mask
+    sched = (nll.sum(1) / lens - m.proposal.information(gamma)).square().mean()
+    loss, metrics = m.loss(dict(tokens=tokens, mask=mask), t=t, noise=noise, coins=none)
+    close(loss, nll.sum() / lens.sum() + sched, 1e-12)
+    close(metrics["sched"], sched, 1e-12)
 
 
 def test_bias_ramp_and_initial_values():
@@ -539,6 +548,10 @@ def test_bias_ramp_and_initial_values():
     close(start, math.log(29), 1e-5)                            # r = 0 and a zero output layer: uniform
     later = m.loss(dict(tokens=tokens, rows=common.Rows(0, 10, 0, 4, 4)))[1]["ce"]
     assert later < start - 0.3
+    ramps, inner = [], m.head
+    m.head = lambda *args: ramps.append(args[-1]) or inner(*args)
+    m.loss(dict(tokens=tokens, rows=common.Rows(0, 3, 0, 4, 4)))
+    assert ramps == [0.3, 0.3]                                  # the first pass and the main pass alike
 
 
 @pytest.mark.parametrize("preset, count", [("lm1b", 140_472_637), ("owt", 170_805_332)])
@@ -758,6 +771,10 @@ def test_infilling_prefix_and_rewriting(source):
     assert torch.equal(m.sample(200, 4, 3, known=known), known)                 # no mask: everything is held
     same = [(m.sample(200, 4, 8, known=known, rewrite=q) == known).float().mean() for q in (0.02, 0.5, 0.99)]
     assert same[0] > 0.95 and same[0] > same[1] > same[2]                       # the higher, the deeper
+    calls, inner = [], m.head
+    m.head = lambda z, gamma, *args: calls.append(gamma[0]) or inner(z, gamma, *args)
+    m.sample(200, 4, 8, known=known, rewrite=0.3)
+    close(m.proposal.information(calls[0]) / m.proposal.entropy, 0.3, 1e-6)     # no step is spent above it
     half = m.sample(200, 4, 16, known=known, known_mask=held, rewrite=0.5)      # let go half way down
     assert 0.3 < (half == known)[held].float().mean() < 1
 
@@ -767,8 +784,10 @@ def test_temperature_and_steps(source):
     modes = [bigram_table(oracle.sample(500, 4, 16, temperature=T), 5) for T in (1.0, 0.5)]
     assert modes[1].max() > modes[0].max() + 0.03          # colder: fewer, likelier pairs
     m = random_model()
+    known, held = torch.randint(29, (2, 8)), torch.arange(8) % 3 == 0
     for steps in (1, 2, 5):
-        assert m.sample(2, 8, steps).shape == (2, 8)
+        out = m.sample(2, 8, steps, known=known, known_mask=held.expand(2, 8))  # whatever the network says
+        assert torch.equal(out[:, held], known[:, held]) and not torch.equal(out, known)
     calls, inner = [], m.head
     m.head = lambda *args, **kw: calls.append(0) or inner(*args, **kw)
     m.sample(2, 8, 5, solver="heun")
