@@ -217,7 +217,7 @@ class WordPiece(Tokenizer):
         return np.array([i for w in regex.findall(BERT_WORD, text) for i in self.split(w)], dtype=np.int64)
 
     def text(self, ids):
-        """With the literal clean-up that transformers 4.38 applies (data page, 5.3)."""
+        """With the literal clean-up that transformers 4.38 applies."""
         text = " ".join(self.pieces[i] for i in ids).replace(" ##", "")
         for mark in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
             text = text.replace(mark, mark.strip())
@@ -317,7 +317,10 @@ class Split:
     ends: np.ndarray = None                         # of documents (rows, pairs): cumulative from 0, [n + 1]
 
     def __len__(self):
-        return sum(p[2] if isinstance(p, tuple) else len(p) for p in self.parts)
+        return sum(map(n_ids, self.parts))
+
+def n_ids(part):
+    return part[2] if isinstance(part, tuple) else len(part)
 
 def opened(part):
     """An array itself, or a fresh memmap of a file: a long-lived one would grow the resident memory."""
@@ -376,12 +379,12 @@ class Corpus:
     def _windows(self, s, starts):
         """Windows [n, length] from these positions on; one that would leave its file begins earlier."""
         rows, begin = np.empty((len(starts), self.length), dtype=np.int64), 0
-        for part in map(opened, s.parts):
-            inside = (starts >= begin) & (starts < begin + len(part))
+        for part in s.parts:
+            inside = (starts >= begin) & (starts < begin + n_ids(part))
             if inside.any():
-                view = np.lib.stride_tricks.sliding_window_view(part, self.length)
+                view = np.lib.stride_tricks.sliding_window_view(opened(part), self.length)
                 rows[inside] = view[np.minimum(starts[inside] - begin, len(view) - 1)]
-            begin += len(part)
+            begin += n_ids(part)
         return dict(tokens=torch.from_numpy(rows))
 
     def rows(self, split, indices):
@@ -635,9 +638,9 @@ def token_shards(path, tokenizer, length):
     tok, sides = BPE("gpt2"), {"train": [], "val": []}
     for f in [path] if path.is_file() else sorted(path.glob("*.bin")):
         at = 1024 * (np.fromfile(f, "<i4", 1).tolist() == [SHARD])
-        if (n := (f.stat().st_size - at) // 2) >= length:
+        if (n := (f.stat().st_size - at) // 2) >= 2 * length:
             sides["val" if "val" in f.name else "train"].append((f, at, n))
-    refuse(not any(sides.values()), f"{path}: no .bin file has the {length} ids of a row; smaller --length?")
+    refuse(not any(sides.values()), f"{path}: no .bin file has the {2 * length} ids of two rows")
     if not sides["val"]:
         f, at, n = sides["train"].pop()
         cut = n - n // 10
@@ -649,7 +652,7 @@ def token_shards(path, tokenizer, length):
         splits[k] = Split(parts, int(sum(size[i].mean() * p[2] for i, p in zip(ids, parts))))
     return Corpus(path.name, tok, length, "stream", {k: s for k, s in splits.items() if s.parts})
 
-# --- 5. detokenisers: ordered rules, a literal or a regular expression each (data page, 2.6) ---------
+# --- 5. detokenisers: ordered rules, a literal or a regular expression each, as published ------------
 
 def rules(*pairs):
     def apply(text):
@@ -930,7 +933,7 @@ def parts(rows, start, stop):
 # --- 7. preparation and opening ----------------------------------------------------------------------
 
 SPLITS = ("train", "val", "test")
-BATCH = 1000            # the official grouping drops what is left of every 1,000 documents (data page, 2.3)
+BATCH = 1000            # the published packing drops what is left of every 1,000 documents
 job = None              # of a worker process: tokenizer, detokeniser, ids before and after every document
 
 def start_worker(tokenizer, state, detokenizer, before, after):
@@ -964,7 +967,7 @@ def tokenized(documents, batch, work, workers):
         yield from (result.result() for result, _ in queue)
 
 def pack(ids, length, bos, eos):
-    """Blocks [n, length] of bos, length - 2 ids, eos; and the ids that are left over (data page, 2.2)."""
+    """Blocks [n, length] of bos, length - 2 ids, eos; and the ids that are left over."""
     n = len(ids) // (length - 2)
     blocks = np.empty((n, length), dtype="<u2")
     blocks[:, 0], blocks[:, -1], blocks[:, 1:-1] = bos, eos, ids[:n * (length - 2)].reshape(n, length - 2)

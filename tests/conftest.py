@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (two cores are rarely idle), the repository root on the path, golden arrays."""
+"""Shared by all tests: one thread, as cores are rarely idle; the repository root on the path; golden arrays."""
 import pathlib
 import sys
 
@@ -12,8 +12,8 @@ torch.set_num_threads(1)
 
 
 def golden(name):
-    """All arrays of tests/golden/NAME.npz as torch tensors, shapes kept: float32 and float64 as stored, integers
-    as int64; strings stay numpy arrays."""
+    """All arrays of tests/golden/NAME.npz as torch tensors, shapes kept: floats as stored, integers as int64;
+    strings stay numpy arrays."""
     def tensor(a):
         return torch.from_numpy(a.astype(np.int64) if a.dtype.kind in "iu" else a)
     with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as f:

@@ -201,7 +201,7 @@ def test_unigram_finds_the_best_split_and_merges_unknowns(tmp_path):
 
 # --- built-in corpora and text of your own ------------------------------------------------------
 
-def test_prose_is_split_by_content_and_has_the_page_s_entropies(prose):
+def test_prose_is_split_by_content_and_has_the_known_entropies(prose):
     train, val = (set(t.split("\n\n")) for t in data.prose_text())
     assert not train & val and all(data.zlib.crc32(p.encode()) % 10 == 0 for p in val)
     assert 0.08 < len(val) / len(train | val) < 0.12
@@ -341,7 +341,7 @@ def test_token_shards_are_read_with_and_without_a_header(tmp_path, monkeypatch, 
     fails("000002.bin holds the id 257", data.load, str(tmp_path), "gpt2", 100)
     (tmp_path / "x_train_000002.bin").write_bytes(header)
     assert data.load(str(tmp_path), length=100).n_rows("train") == 10
-    fails("no .bin file has the 100 ids", data.load, str(tmp_path / "x_train_000002.bin"), "gpt2", 100)
+    fails("no .bin file has the 200 ids", data.load, str(tmp_path / "x_train_000002.bin"), "gpt2", 100)
 
 
 # --- metrics ------------------------------------------------------------------------------------
@@ -668,7 +668,7 @@ def test_pairs_are_scored_with_or_without_the_packages(monkeypatch):
 
 # --- the real files -----------------------------------------------------------------------------
 
-# (corpus, options): {split: (tokens before packing, blocks)}: data page sections 2.3 and 10
+# (corpus, options): {split: (tokens before packing, blocks)}, as published or measured with the official code
 PUBLISHED = [("ptb", {}, {"val": (78_403, 74), "test": (87_374, 83)}),
              ("ptb", dict(insert_eos=True), {"val": (78_403 + 3_370, 77), "test": (87_374 + 3_761, 86)}),
              ("wikitext2", {}, {"test": (270_438, 262)}),
