@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, as cores are rarely idle; the repository root on the path; golden arrays."""
+"""Shared by all tests: one thread, as cores are rarely idle; the repository root on the path; golden()."""
 import pathlib
 import sys
 
