@@ -368,7 +368,7 @@ class ELF(nn.Module):
         if cfg.d_model % (2 * cfg.n_head):
             raise UserError(f"d_model={D} is not a multiple of 2 * n_head={2 * cfg.n_head}")
         if cfg.dropout or not 0 < cfg.self_cond_cfg_min <= cfg.self_cond_cfg_max or not cfg.num_time_tokens:
-            raise UserError("dropout must be 0, num_time_tokens not, and 0 < self_cond_cfg_min <= ..._max")
+            raise UserError("needs dropout=0, num_time_tokens>0, 0 < self_cond_cfg_min <= self_cond_cfg_max")
         self.cfg, self.amp, self._teacher, self._t5, self._rows = cfg, False, None, None, {}
         if cfg.encoder == "gauss":
             self.register_buffer("E", gauss_table(cfg.vocab, C, cfg.seed))
