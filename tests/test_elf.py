@@ -294,10 +294,10 @@ def test_inside_of_a_training_step(tag):
     s = model.corrupt(batch, t, noise, coins)
     x_u, half = model.first_estimate(s)
     x_hat, _, nll = model.main_pass(s, half, torch.ones_like(s.t)[:, None].expand(s.tokens.shape))
-    names = ("x0", "main_input", "main_t", "main_x", "main_logits", "unc_input", "unc_x", "cond_x")
+    names = ("x0", "t", "w", "main_input", "main_t", "main_x", "main_logits", "unc_input", "unc_x", "cond_x")
     gold = {k: G[f"{tag}/{k}"][s.order] for k in names if f"{tag}/{k}" in G}
-    if "x0" in gold:
-        assert err(s.x, gold["x0"]) < 1e-5
+    for key, value in (("x0", s.x), ("t", s.t), ("w", s.w)):
+        assert key not in gold or err(value, gold[key]) < 1e-5, key
     seen = torch.cat([s.z, half], -1) if model.cfg.self_cond_prob else s.z
     assert err(seen, gold["main_input"]) < 1e-5
     assert err(torch.where(s.decode, 1.0, s.t), gold["main_t"]) < 1e-6
