@@ -51,7 +51,7 @@ from data import UserError
 class Config:
     """Keys that all papers have. `--key=value` overrides a preset, a preset overrides these defaults."""
     preset: str = "tiny"            # name of the preset in force
-    data: str = "prose"             # corpus: prose, grammar, a prepared corpus, a text file or a folder of text
+    data: str = "prose"             # prose, a prepared corpus, a file or folder of text, pairs.tsv, GPT-2 ids .bin
     tokenizer: str = "char"         # char, byte, bpe1024 or gpt2, for corpora made from raw text
     length: int = 64                # tokens per sequence, L
     vocab: int = 0                  # vocabulary size V; 0 = the corpus's (a larger one is allowed)
@@ -1289,8 +1289,7 @@ class Run:
     def show_samples(self, n, width, note=""):
         """Print and keep n samples of the model as it is (inside `averaged`); the same seed every time."""
         ids = draw(self.model, self.corpus, n, getattr(self.model, "default_steps", 64))
-        for i, row in enumerate(ids):
-            self.world.say(f"  sample {i + 1}| {show(self.corpus, row)[:width]}")
+        say_samples(self.world, self.corpus, ids, width)
         save_samples(self.out, self.world, self.step, self.corpus, ids, note)
 
 def train(Paper, Cfg, presets, overrides, world):
@@ -1386,18 +1385,20 @@ def plot_curves(out, val_keys=()):
         points = [(r["step"], float(r[key])) for r in records if r["kind"] in (kind, "final") and key in r]
         if points:
             axes.plot(*zip(*points), label=f"{kind} {key}".removesuffix(" value"))
-    axes.set(xlabel="step", ylabel="nats per token")
+    axes.set(xlabel="step", ylabel="loss")
     axes.legend()
     figure.savefig(out / "curves.png", dpi=120)
 
 def finish(run):
-    """The end of a run: the bound beside the references, four samples, curves.png, and the next command."""
+    """The end of a run: the bound beside the references, diagnostics, four samples, curves.png, the next command."""
     world = run.world
     with run.averaged() as model:
         val = score(model, run.corpus, world, 256, micro_batch(run.cfg, world))
         text = bound_text(val, run.corpus, model)
         world.say(f"done in {duration(run.elapsed)}, {count(run.step * run.cfg.batch * run.cfg.length)} tokens, "
                   f"peak {peak_memory(world):.1f} GB\n{text}")
+        for line in model.diagnostics(run.corpus) if hasattr(model, "diagnostics") else ():
+            world.say("  " + line)
         run.show_samples(4, 200)
     run.record("final", text=text, **val)
     if world.rank == 0:
@@ -1463,10 +1464,19 @@ def draw(model, corpus, n, steps, seed=0, micro=32, length=0, known=None, known_
         parts.append(ids.cpu())
     return torch.cat(parts)
 
-def show(corpus, ids):
-    """Text of one sample on one line; line breaks are shown as a mark."""
-    text = corpus.decode(ids.tolist()).replace("\n", "⏎")
+def show(corpus, ids, n_source=0):
+    """Text of one sample on one line (source → target where the first n_source ids are a source)."""
+    parts = [ids[:n_source], ids[n_source:]] if n_source else [ids]
+    text = " → ".join(corpus.decode(part.tolist()) for part in parts).replace("\n", "⏎")
     return "".join(c if c.isprintable() else "·" for c in text)
+
+def say_samples(world, corpus, ids, width=None):
+    """Print samples [n, L]; those of a corpus of pairs answer its first validation sources, as `draw` gave them."""
+    sources = [0] * len(ids)
+    if corpus.conditional:
+        sources = corpus.rows("val", np.arange(len(ids)) % corpus.n_rows("val"))["cond_len"].tolist()
+    for i, (row, n_source) in enumerate(zip(ids, sources)):
+        world.say(f"  sample {i + 1}| {show(corpus, row, n_source)[:width]}")
 
 def save_samples(out, world, step, corpus, ids, note=""):
     if world.rank == 0:
@@ -1530,8 +1540,7 @@ def sample(Paper, Cfg, options, world):
     began, watch = time.perf_counter(), watch if watching else None
     ids = draw(model, corpus, n, steps, seed, micro_batch(cfg, world), length, known, mask, watch, **o)
     seconds = time.perf_counter() - began
-    for i, row in enumerate(ids):
-        world.say(f"  sample {i + 1}| {show(corpus, row)}")
+    say_samples(world, corpus, ids)
     world.say(f"{n} x {length} tokens, {steps} steps, {seconds:.1f} s: {n * length / seconds:,.0f} tok/s, "
               f"{1e3 * seconds / steps:.0f} ms/step; full text in {out / 'samples.txt'}")
     note = " ".join(f"{k}={v}" for k, v in dict(steps=steps, seed=seed, **o).items())
@@ -1568,6 +1577,12 @@ def evaluate(Paper, Cfg, options, world):
             texts = [corpus.decode(row.tolist()) for row in ids]
             record["gen_ppl"] = data.generative_perplexity(texts, gen, world.device)
             lines.append(f"generative perplexity under {gen}: {record['gen_ppl']:.2f} (read it with the entropy above)")
+            try:
+                real = corpus.rows("val", np.arange(min(n, corpus.n_rows("val"))))["tokens"]
+                record["mauve"] = data.mauve(texts, [corpus.decode(row.tolist()) for row in real], gen)
+                lines.append(f"MAUVE against held-out text under {gen}: {record['mauve']:.3f}")
+            except UserError as e:              # an optional package is missing
+                lines.append(f"mauve: {e}")
         world.say(f"{n} samples, {steps} steps\n  " + "\n  ".join(lines))
         save_samples(out, world, step, corpus, ids, f"eval steps={steps}")
     if world.rank == 0:

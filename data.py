@@ -841,7 +841,7 @@ def download(url, path, sha256=None):
     except OSError as e:        # no network, time-out, an HTTP error; 416: all of it is there already
         if getattr(e, "code", None) != 416:
             raise UserError(f"download of {url} failed ({e}); the same command goes on from {done:,} bytes; "
-                            "or get the file yourself and pass --from=FOLDER") from e
+                            "or get the file by other means") from e
     refuse(done < total,
            f"download of {url} stopped at {done:,} of {total:,} bytes; the same command goes on")
     if sha256 and digest(part) != sha256:
