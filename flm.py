@@ -73,9 +73,9 @@ DISTILL = dict(objective="semigroup", diagonal="teacher", diagonal_fraction=0.5,
                steps=1_000_000)
 PRESETS = {
     "tiny": dict(data="prose", tokenizer="char", length=64, d_model=64, n_layer=3, n_head=4, cond_dim=64,
-                 gate_init=0.5, batch=32, steps=1800, lr=2e-3, warmup=100, lr_schedule="cosine", min_lr=0.1,
+                 gate_init=0.5, batch=32, steps=3000, lr=2e-3, warmup=100, lr_schedule="cosine", min_lr=0.1,
                  ema=0.998),
-    "tiny-distill": dict(steps=1200, lr=1e-3, beta2=0.95, boundary_prob=4),
+    "tiny-distill": dict(steps=2000, lr=1e-3, beta2=0.95, boundary_prob=4),
     # three rows of two tokens that depend on each other: what one step cannot do without a flow map
     "toy": dict(data="newdiego", length=2, d_model=32, n_layer=2, n_head=2, cond_dim=32, attn_softcap=50.0,
                 batch=256, steps=1500, lr=2e-3, warmup=100, ema=0.999, log_every=250, val_every=0),
@@ -187,16 +187,15 @@ def without_tf32():
         torch.set_float32_matmul_precision(precision)
 
 
-def cholesky(gram, size):
-    """Upper S [D, D] float64, S^T S = gram (detached) but for a jitter: the rounding error of entries of the
-    given size, so that gram may be singular and no host sync has to look whether it is."""
-    gram = gram.detach().double()
+def cholesky(gram, jitter):
+    """Upper S [D, D] float64, S^T S = gram + jitter I, constant. The jitter is the rounding error of gram: a
+    singular one does no harm, and no host sync has to look whether it is."""
     eye = torch.eye(len(gram), device=gram.device, dtype=torch.float64)
-    return torch.linalg.cholesky_ex(gram + size * eye, upper=True)[0]
+    return torch.linalg.cholesky_ex(gram.detach() + jitter * eye, upper=True)[0]
 
 
 def rounding(gram):
-    """Rounding error of a Gram matrix [D, D] of many terms, in its own precision."""
+    """Rounding error of a Gram matrix [D, D] computed in its own precision."""
     return 8 * torch.finfo(gram.dtype).eps * gram.detach().diagonal().mean()
 
 
@@ -569,8 +568,7 @@ class FLM(nn.Module):
         return delta, u
 
     def attach_teacher(self, teacher, fresh):
-        """Keep `teacher` (an FLM, EMA weights); a fresh student without --init starts as its copy, with the
-        tau_t branch silent."""
+        """Keep `teacher` (an FLM, EMA weights); a fresh student without --init starts as its copy."""
         ours, theirs = ({k: v for k, v in m.backbone.named_parameters()} for m in (self, teacher))
         if teacher.two_times:
             raise data.UserError("the teacher is a flow map itself: --teacher takes the checkpoint of an FLM")

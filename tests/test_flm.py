@@ -338,9 +338,9 @@ def tv(tokens):
 
 @pytest.mark.parametrize("N,want", [(1, 0.60), (2, 0.106), (4, 0.037), (8, 0.015), (16, 0.006)])
 def test_oracle_euler_sampler(N, want):
-    """Total variation of FLM's sampler with the exact denoiser; 2e5 tokens, sampling noise 0.001."""
+    """Total variation of FLM's sampler with the exact denoiser; 1e5 tokens, sampling noise 0.002."""
     model = oracle_model(lambda z, s, t: oracle(z, s))
-    assert tv(model.sample(200, 1000, N)) == pytest.approx(want, abs=0.004)
+    assert tv(model.sample(100, 1000, N)) == pytest.approx(want, abs=0.004)
 
 
 @pytest.mark.parametrize("churn", [0.0, 0.5, 1.0])
@@ -371,8 +371,8 @@ def test_churn_ends():
 
 
 def test_oracle_cross_entropy_falls_with_tau():
-    """CE of the exact denoiser: H(pi) at tau = 0, and the page's values after it (4e5 draws)."""
-    time, n = flm.TimeChange(5), 400_000
+    """CE of the exact denoiser: H(pi) at tau = 0, and the page's values after it (2e5 draws)."""
+    time, n = flm.TimeChange(5), 200_000
     tokens = torch.multinomial(PI, n, replacement=True)
     want = {0.0: 1.392, 0.1: 1.361, 0.25: 1.226, 0.5: 0.879, 0.75: 0.467, 0.9: 0.190, 0.99: 0.020}
     for tau, ce in want.items():
@@ -539,7 +539,7 @@ def test_joint_root_is_the_joint_law_with_the_conditional_gradient(case):
     M_S = flm.joint_root(W_T.float(), single)[1]
     close((M_S.T @ M_S).detach().double(), (W.T @ W).detach(), 2e-3)
     grad, = torch.autograd.grad(M_S.sum(), single)
-    assert bool(grad.isfinite().all()) and grad.norm() < 2 * 14                 # |basis| |ones| = sqrt(14 * 7)
+    assert bool(grad.isfinite().all()) and grad.norm() < 2 * 14              # |basis| |ones| = sqrt(14 * 7)
 
 
 def test_distillation_law_is_the_same_for_both_forms_of_noise():
@@ -572,7 +572,7 @@ def test_chunks_of_a_batch_average_to_the_whole(objective, width):
         model.attach_teacher(randomise(flm.FLM(config(23))).double(), fresh=False)
     tokens, eps = torch.randint(23, (8, 6)), torch.randn(8, 6, width, dtype=torch.float64)
     results = []
-    for n in (8, 4, 2, 1):
+    for n in (8, 4, 2):
         model.zero_grad()
         total = 0
         for first in range(0, 8, n):
@@ -623,13 +623,21 @@ def test_known_tokens_are_kept_and_watched():
 def test_autoguidance_extrapolates_from_the_dropout_network():
     model = randomise(flm.FLM(config(23, dropout=0.5)), 1.0).eval()
     noise = torch.randn(1, 8, 6, 23)
-    runs = {}
-    for g in (1.0, 1.0001, 5.0):
+    first = {}
+    for g in (1.0, 3.0, 5.0):               # state after one step, the same dropout each time
         torch.manual_seed(3)
-        runs[g] = record_sampler(model, lambda: model.sample(8, 6, 4, guidance=g, noise=noise))[1]
+        y = record_sampler(model, lambda: model.sample(8, 6, 4, guidance=g, noise=noise))[1]
+        first[g] = y[1 if g == 1 else 2]
         assert not model.backbone.training
-    plain, weak = runs[1.0], runs[5.0]
-    assert not torch.allclose(plain[1:], weak[2::2][:3], atol=1e-3)
+    close(first[3.0], (first[1.0] + first[5.0]) / 2, 1e-4)
+    model.backbone.train()                  # against the formula: p_weak + 5 (p - p_weak) at the first step
+    torch.manual_seed(3)
+    y0, times = noise[0] @ model.W, model.time.grid(4)[1]
+    weak = model.project(model.trunk(y0, torch.zeros(8), None))
+    model.backbone.eval()
+    plain = model.project(model.trunk(y0, torch.zeros(8), None))
+    step = times[1].item() / (1 + flm.EULER_GUARD)
+    close(first[5.0], (y0 + step * (weak + 5 * (plain - weak) - y0)).detach(), 1e-4)
     with pytest.raises(data.UserError, match="dropout"):
         flm.FLM(config(23)).sample(1, 6, 2, guidance=2.0)
 
