@@ -285,7 +285,7 @@ def _logits(u, W, b, skip, E, cap):
     if not cap:
         return z, None
     z.div_(cap).tanh_()
-    slope = 1 - z ** 2
+    slope = z.square().neg_().add_(1)
     return z.mul_(cap), slope
 
 def _softmax(z, targets):
