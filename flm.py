@@ -280,7 +280,7 @@ class _SoftLoss(torch.autograd.Function):
         ctx.grads = [torch.empty_like(u), torch.zeros_like(W), torch.zeros_like(b)] \
             if any(ctx.needs_input_grad) else None
         loss = torch.empty_like(weight)
-        size = max(64, common.CHUNK_ELEMENTS.get(u.device.type, 2 ** 24) // (2 * len(W)))
+        size = common.chunk_rows(2 * len(W), u.device)
         for first in range(0, len(u), size):
             part = slice(first, first + size)
             q, c = target(part), capped_logits(u[part], W, b, cap)

@@ -251,7 +251,7 @@ class _ElboHead(torch.autograd.Function):
         sq, ce = x.new_empty(N), x.new_empty(N)
         du, dzb, dx = (torch.empty_like(v) if train else None for v in (u, zb, x))
         dW, db, dE = (torch.zeros_like(v) if train else None for v in (W, b, E))
-        W_low, size = W.to(u.dtype), max(64, common.CHUNK_ELEMENTS.get(u.device.type, 2 ** 24) // V)  # [R4]
+        W_low, size = W.to(u.dtype), common.chunk_rows(V, u.device)                 # [R4]
         columns = [v[:, None].to(b.dtype) for v in (w_mse, w_ce, keep)]
         for i in range(0, N, size):
             s = slice(i, min(i + size, N))

@@ -775,7 +775,7 @@ def test_a_lost_rank_ends_the_others_and_the_same_command_resumes(tmp_path):
     processes[1].kill()
     killed = time.monotonic()
     assert ended(processes[0], 60) == 1 and time.monotonic() - killed < 60
-    one_line((tmp_path / "rank0" / "log.txt").read_text(), "lost another rank", "the same command resumes")
+    one_line((tmp_path / "rank0" / "log.txt").read_text(), "lost another rank", "the same command goes on")
     assert [ended(p) for p in start_ranks([*argv, f"--out={tmp_path}/run"], tmp_path)] == [0, 0]
     assert "resumed at step" in (tmp_path / "rank0" / "log.txt").read_text()
     assert_same_ends(tmp_path / "whole", tmp_path / "run")
