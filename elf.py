@@ -104,7 +104,7 @@ PRESETS = {
     "owt-l": dict(OWT, d_model=1280, n_layer=32, n_head=16, steps=3 * 19017, churn=1.0),
     "de-en": dict(PAIRS, data="wmt14-de-en", length=128, max_input_length=64, steps=880600),
     "xsum": dict(PAIRS, data="xsum", length=1088, max_input_length=1024, steps=39800),
-    "bench10-cpu": dict(TINY, steps=2500),
+    "bench10-cpu": dict(TINY, steps=5000),
     "bench10": dict(TINY, data="wikitext103", tokenizer="gpt2", d_model=384, n_layer=6, n_head=6, length=256,
                     batch=64, steps=8000, text_encoder_dim=256, bottleneck_dim=128, lr=2e-3, ema=0.999),
     "tiny-distill": dict(student_steps=4, teacher_steps=8, steps=800, warmup=80, churn=1.5, w=2.5),

@@ -89,7 +89,7 @@ PRESETS = {
                     cond_dim=128, gate_init=0.5, batch=64, steps=8000, lr=6e-4, warmup=200,
                     lr_schedule="cosine", ema=0.999),
     "bench10-cpu": dict(data="prose", tokenizer="char", length=64, d_model=64, n_layer=3, n_head=4,
-                        cond_dim=64, gate_init=0.5, batch=32, steps=2500, lr=2e-3, warmup=100,
+                        cond_dim=64, gate_init=0.5, batch=32, steps=5000, lr=2e-3, warmup=100,
                         lr_schedule="cosine", min_lr=0.1, ema=0.998),
 }
 TABLE, NODES = 10_000, 100          # time table, Gauss-Hermite nodes: released weights depend on both

@@ -77,7 +77,7 @@ PRESETS = {
     # text of your own on one GPU: python langflow.py --preset=text --data=FILE_OR_FOLDER
     "text": dict(_TEN_MINUTES, tokenizer="bpe1024", batch=128, steps=10_000, dropout=0.1),
     # the equal-budget comparison of the five papers: same trunk, batch and steps for all
-    "bench10-cpu": dict(_TINY, n_head=4, steps=2500),
+    "bench10-cpu": dict(_TINY, n_head=4, steps=5000),
     "bench10": dict(_TEN_MINUTES, data="wikitext103", tokenizer="gpt2", batch=64, steps=8000),
 }
 

@@ -73,7 +73,7 @@ PRESETS = {
     # Not published (their BPE text8 in windows of 28 never ran): common text8 protocol, networks of roc.
     "text8": dict(_roc, data="text8", tokenizer="char", length=256, steps=1_000_000),
     "toy": dict(_small, data="markov8", length=6, d_embed=4, batch=256, steps=16000, rec_weight=16.0),
-    "bench10-cpu": dict(_small, steps=2500),
+    "bench10-cpu": dict(_small, steps=5000),
     "bench10": dict(data="wikitext103", tokenizer="gpt2", length=256, fwd_layers=3, d_model=384, n_layer=6,
                     n_head=6, cond_dim=128, batch=64, steps=8000, lr=3e-4, muon_lr=2e-3, warmup=500,
                     lr_schedule="linear", ema=0.999),

@@ -109,7 +109,7 @@ PRESETS = {
                 batch=512, steps=1_000_000, warmup=2500),
     "bench10": dict(data="wikitext103", tokenizer="gpt2", length=256, d_model=384, n_layer=6, n_head=6,
                     cond_dim=128, batch=64, steps=8000, gate_init=0.5, ema=0.999, bias_ramp=500),
-    "bench10-cpu": dict(gate_init=0.5, lr=2e-3, ema=0.998, bias_ramp=200, steps=2500),
+    "bench10-cpu": dict(gate_init=0.5, lr=2e-3, ema=0.998, bias_ramp=200, steps=5000),
     **{label: scaling(label) for label in SIZES},
 }
 

@@ -58,7 +58,7 @@ _CPU = dict(d_model=64, n_layer=3, n_head=4, cond_dim=64, length=64, gate_init=0
             warmup=50, lr_schedule="cosine", ema=0.998)
 PRESETS = {
     "tiny": dict(_CPU, steps=1600),
-    "bench10-cpu": dict(_CPU, steps=2500),
+    "bench10-cpu": dict(_CPU, steps=5000),
     "bench10": dict(data="wikitext103", tokenizer="gpt2", length=256, d_model=384, n_layer=6, n_head=6,
                     cond_dim=128, gate_init=0.5, batch=64, steps=8000, lr=6e-4, warmup=200,
                     lr_schedule="cosine", ema=0.999),
