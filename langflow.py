@@ -282,7 +282,8 @@ class LangFlow(nn.Module):
 
         # 4. first pass, without gradient, on the rows that drew it (in train mode, dropout included)
         x_sc = torch.zeros_like(z_t)
-        index = (self.self_cond_rows(rows) if coins is None else coins).nonzero()[:, 0].to(tokens.device, non_blocking=True)
+        coins = self.self_cond_rows(rows) if coins is None else coins
+        index = coins.nonzero()[:, 0].to(tokens.device, non_blocking=True)
         if len(index):
             with torch.no_grad():
                 x_sc[index] = self.denoise(z_t[index], gamma[index], x_sc[index], E, ramp=ramp)[0]
