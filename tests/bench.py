@@ -368,8 +368,8 @@ def markdown(rows):
         lines.append(f"| {label} | | " + " | ".join([cell(s)] + [""] * (len(columns) - 1)) + " |")
     lines += ["", "Seconds are those at 64 steps (autoregressive: a step a token, uncached), samplers the "
               "papers' defaults. The last three rows are validation text, tokens drawn from the training "
-              "unigrams and uniform tokens; they have no steps. FMLM, if listed, is the FLM of this table distilled "
-              "for as many steps again.", "",
+              "unigrams and uniform tokens; they have no steps. FMLM is the FLM of this table distilled for as many "
+              "steps again.", "",
               "One sample of each row, not chosen, at its largest number of steps:", ""]
     lines += [f"- {NAMES[r['name']]}: `{r['text'].replace('`', ' ')}`" for r in rows]
     return "\n".join(lines) + "\n"
@@ -383,7 +383,7 @@ def finished_rows(out):
 def table(argv):
     """Train, measure and tabulate; finished rows are kept, a stopped one goes on."""
     o = options(argv, preset="bench10-cpu" if not torch.cuda.is_available() else "bench10", out="out/bench",
-                papers=",".join(("ar", *PAPERS)), steps=0)
+                papers=",".join(NAMES), steps=0)
     out = pathlib.Path(o["out"])
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
