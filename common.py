@@ -137,16 +137,6 @@ def attention(q, k, v, softcap=0.0, causal=False, explicit=False):
         scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1), -math.inf)
     return scores.softmax(dim=-1) @ v
 
-class LayerNorm(nn.Module):
-    """Layer norm over D with a weight and no bias, eps 1e-5; autocast runs it in float32."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, None, 1e-5)
-
 def zero_linear(n_in, n_out, bias=True):
     """A linear layer that starts at zero. It draws like any other: seeds give the same weights around it."""
     linear = nn.Linear(n_in, n_out, bias)
@@ -157,13 +147,12 @@ def zero_linear(n_in, n_out, bias=True):
 class TimestepEmbedder(nn.Module):
     """MLP(sinusoid(t)): [B] -> [B, C]. The time enters raw, without the factor 1000 of image models."""
 
-    def __init__(self, cond_dim, features=256):
+    def __init__(self, cond_dim):
         super().__init__()
-        self.features = features
-        self.mlp = nn.Sequential(nn.Linear(features, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+        self.mlp = nn.Sequential(nn.Linear(256, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
 
     def forward(self, t):
-        return self.mlp(sinusoid(t, self.features).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t).to(self.mlp[0].weight.dtype))
 
 class Block(nn.Module):
     """adaLN-zero transformer block: h += gate * dropout(branch(norm(h) * (1 + scale) + shift)), twice."""
@@ -172,10 +161,10 @@ class Block(nn.Module):
     def __init__(self, d_model, n_head, cond_dim, mlp_ratio=4, dropout=0.0, softcap=0.0, causal=False, gate_init=0.0):
         super().__init__()
         self.n_head, self.dropout, self.softcap, self.causal = n_head, dropout, softcap, causal
-        self.norm1 = LayerNorm(d_model)
+        self.norm1 = nn.LayerNorm(d_model, bias=False)
         self.attn_qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.attn_out = nn.Linear(d_model, d_model, bias=False)
-        self.norm2 = LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model, bias=False)
         self.mlp = nn.Sequential(nn.Linear(d_model, mlp_ratio * d_model), nn.GELU(approximate="tanh"),
                                  nn.Linear(mlp_ratio * d_model, d_model))
         self.adaLN_modulation = zero_linear(cond_dim, 6 * d_model)
@@ -193,20 +182,12 @@ class Block(nn.Module):
         x = self.mlp(self.norm2(h) * (1 + scale2) + shift2)
         return h + gate2 * (F.dropout(x, self.dropout, self.training) if self.dropout else x)
 
-class VocabEmbed(nn.Module):
-    """Holds the [V, D] table under its published name, vocab_embed.embedding; init U(-1/sqrt(D), 1/sqrt(D))."""
-
-    def __init__(self, vocab, dim):
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(vocab, dim))
-        nn.init.uniform_(self.embedding, -dim ** -0.5, dim ** -0.5)
-
 class OutputLayer(nn.Module):
     """Final norm with its modulation; `linear` (zero at the start) is applied by the caller's vocabulary head."""
 
     def __init__(self, d_model, cond_dim, out):
         super().__init__()
-        self.norm_final = LayerNorm(d_model)
+        self.norm_final = nn.LayerNorm(d_model, bias=False)
         if out:
             self.linear = zero_linear(d_model, out)
         self.adaLN_modulation = zero_linear(cond_dim, 2 * d_model)
@@ -231,7 +212,8 @@ class DiT(nn.Module):
             raise UserError(f"d_model={d_model} must be a multiple of 2 * n_head={2 * n_head}: change one of them")
         self.d_model, self.n_layer, self.amp = d_model, n_layer, False
         if vocab:
-            self.vocab_embed = VocabEmbed(vocab, d_model)
+            table = torch.empty(vocab, d_model).uniform_(-d_model ** -0.5, d_model ** -0.5)
+            self.vocab_embed = nn.ParameterDict({"embedding": nn.Parameter(table)})
         self.sigma_map = TimestepEmbedder(cond_dim)
         if n_times == 2:
             self.sigma_map_prime = TimestepEmbedder(cond_dim)
@@ -271,12 +253,10 @@ def trunk_flops(d_model, n_layer, length, mlp_ratio=4):
 
 # --- 3. vocabulary heads ---------------------------------------------------------------------------
 # With V = 50,257 one float32 [B, L, V] tensor of a 64 x 1,024 batch is 13 GB, and the plain expressions keep four
-# alive. Both heads walk over chunks of rows instead and keep only what is [N, D] or [V, D]: `token_ce` takes the
-# gradient in the forward pass (its incoming gradient is one scalar), `expected_embedding` rebuilds a chunk's softmax
-# from (u, lse).
+# alive. Both heads walk over chunks of rows instead: `token_ce` takes the gradient in the forward pass (its incoming
+# gradient is one scalar), `expected_embedding` rebuilds a chunk's softmax from (u, lse).
 
-# rows * V of a chunk. A GPU wants 2,048 rows or more; on a CPU 28 MB stay below glibc's limit for blocks that it keeps
-# (above 32 MB every allocation is fresh pages: 7 % slower).
+# rows * V of a chunk. A GPU wants 2,048 rows or more; on a CPU 28 MB stay below the blocks that glibc keeps (32 MB).
 CHUNK_ELEMENTS = {"cpu": 7 * 2 ** 20, "cuda": 2 ** 28}
 
 def _logits(u, W, b, skip, E, cap):
@@ -331,9 +311,15 @@ def chunk_rows(V, device):
     """How many rows of V logits are worked on at a time."""
     return max(64, CHUNK_ELEMENTS.get(device.type, 2 ** 24) // V)
 
-def _chunks(n, V, device, chunk):
-    size = chunk or chunk_rows(V, device)
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+def _chunks(u, W, skip):
+    """(slice, its rows of u, its rows of skip) for u [N, D]."""
+    size = chunk_rows(len(W), u.device)
+    for i in range(0, len(u), size):
+        s = slice(i, i + size)
+        yield s, u[s], None if skip is None else skip[s]
+
+def _flat(x):
+    return None if x is None else x.reshape(-1, x.shape[-1])
 
 def accumulate(total, a, b):
     """total [V, D] += a^T b; without a temporary where the dtypes agree, else in total's (float32) precision."""
@@ -342,114 +328,95 @@ def accumulate(total, a, b):
     else:
         total += a.T @ b
 
-class _HeadGrads:
-    """Accumulates the gradients of (u, W, b, skip, E) over chunks of d logits, in the dtype of the parameters."""
+def _zeros(inputs, needed):
+    """A gradient for each input that needs one, in its dtype; None for the others."""
+    return [torch.zeros_like(x) if need else None for x, need in zip(inputs, needed)]
 
-    def __init__(self, needs, u, W, b, skip, E):
-        self.u, self.W, self.skip, self.E = u, W, skip, E
-        self.du = torch.empty_like(u) if needs[0] else None
-        self.dW, self.db, self.dE = (torch.zeros_like(x) if need else None
-                                     for x, need in zip((W, b, E), (needs[1], needs[2], needs[4])))
-        self.dskip = torch.empty_like(skip) if needs[3] else None
-
-    def add(self, s, dz):
-        low = dz.to(self.u.dtype)
-        if self.du is not None:
-            self.du[s] = low @ self.W.to(low.dtype)
-        if self.dW is not None:
-            accumulate(self.dW, low, self.u[s])
-        if self.db is not None:
-            self.db += dz.sum(0)
-        if self.dskip is not None:
-            self.dskip[s] = (dz @ self.E.to(dz.dtype)).to(self.dskip.dtype)
-        if self.dE is not None:
-            accumulate(self.dE, dz, self.skip[s].to(dz.dtype))
-
-    def all(self):
-        return self.du, self.dW, self.db, self.dskip, self.dE
+def _add_grads(grads, s, dz, u, W, skip, E):
+    """Add what rows s, with d loss / d raw logits dz [n, V], give to the gradients of (u, W, b, skip, E)."""
+    du, dW, db, dskip, dE = grads
+    low = dz.to(u.dtype)
+    if du is not None:
+        du[s] = low @ W.to(low.dtype)
+    if dW is not None:
+        accumulate(dW, low, u)
+    if db is not None:
+        db += dz.sum(0)
+    if dskip is not None:
+        dskip[s] = dz @ E.to(dz.dtype)
+    if dE is not None:
+        accumulate(dE, dz, skip.to(dz.dtype))
 
 class _TokenCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, W, b, skip, E, targets, weight, cap, chunk):
-        grads = _HeadGrads(ctx.needs_input_grad[:5], u, W, b, skip, E)
-        nll = torch.empty(u.shape[0], device=u.device, dtype=b.dtype)
-        for s in _chunks(u.shape[0], W.shape[0], u.device, chunk):
-            nll[s], dz = _ce_chunk(u[s], W, b, None if skip is None else skip[s], E, cap, targets[s], weight[s])
+    def forward(ctx, u, W, b, skip, E, targets, weight, cap):
+        grads, nll = _zeros((u, W, b, skip, E), ctx.needs_input_grad), torch.empty_like(weight)
+        for s, u_s, skip_s in _chunks(u, W, skip):
+            nll[s], dz = _ce_chunk(u_s, W, b, skip_s, E, cap, targets[s], weight[s])
             if any(ctx.needs_input_grad):
-                grads.add(s, dz)
+                _add_grads(grads, s, dz, u_s, W, skip_s, E)
             del dz                      # free this chunk before the next one is built
-        ctx.grads = grads.all()
+        ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(nll)
         return (weight * nll).sum(), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
-        if ctx.grads is None:
-            raise RuntimeError("token_ce scales its stored gradients in place: backward can run only once")
-        out, ctx.grads = ctx.grads, None
-        return (*[None if x is None else x.mul_(g) for x in out], None, None, None, None)
+        return (*[None if x is None else x.mul_(g) for x in ctx.saved_tensors], None, None, None)
 
-def token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0, chunk=0):
+def token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0):
     """Cross-entropy of logits = u W^T + b + skip E^T, weighted by row, without a [N, V] tensor alive beyond a chunk.
 
     u [..., D], W [V, D], b [V], targets [...] int64, weight [...] (known before the head), skip [..., De] and E [V, De]
     optional; cap > 0 squashes the logits to cap tanh(logits / cap). Returns (sum of weight * nll, nll [...] detached).
     The gradients are computed in the forward pass and only scaled in the backward pass, which can run once.
     """
-    flat = [x.reshape(-1, x.shape[-1]) if x is not None else None for x in (u, skip)]
     weight = weight.detach().expand(targets.shape).reshape(-1).to(b.dtype)
     if not torch.is_grad_enabled():         # needs_input_grad ignores no_grad: parameters would cost their gradients
         W, b, E = (x if x is None else x.detach() for x in (W, b, E))
-    loss, nll = _TokenCE.apply(flat[0], W, b, flat[1], E, targets.reshape(-1), weight, cap, chunk)
+    loss, nll = _TokenCE.apply(_flat(u), W, b, _flat(skip), E, targets.reshape(-1), weight, cap)
     return loss, nll.view(targets.shape)
 
 class _ExpectedEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, W, b, skip, E, values, targets, cap, chunk):
-        n = u.shape[0]
-        x_hat = torch.empty(n, values.shape[1], device=u.device, dtype=values.dtype)
-        nll, lse = (torch.empty(n, device=u.device, dtype=b.dtype) for _ in range(2))
-        for s in _chunks(n, W.shape[0], u.device, chunk):
-            x_hat[s], nll[s], lse[s] = _embed_chunk(u[s], W, b, values, None if skip is None else skip[s], E, cap,
-                                                    targets[s])
+    def forward(ctx, u, W, b, skip, E, values, targets, cap):
+        x_hat = values.new_empty(len(u), values.shape[1])
+        nll, lse = (b.new_empty(len(u)) for _ in range(2))
+        for s, u_s, skip_s in _chunks(u, W, skip):
+            x_hat[s], nll[s], lse[s] = _embed_chunk(u_s, W, b, values, skip_s, E, cap, targets[s])
         ctx.save_for_backward(u, W, b, skip, E, values, targets, lse, x_hat)
-        ctx.options = cap, chunk
+        ctx.cap = cap
         return x_hat, nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, g_nll):
         u, W, b, skip, E, values, targets, lse, x_hat = ctx.saved_tensors
-        cap, chunk = ctx.options
-        grads = _HeadGrads(ctx.needs_input_grad[:5], u, W, b, skip, E)
-        dvalues = torch.zeros_like(values) if ctx.needs_input_grad[5] else None
-        for s in _chunks(u.shape[0], W.shape[0], u.device, chunk):
-            p, dz = _embed_grad_chunk(u[s], W, b, values, None if skip is None else skip[s], E, cap, targets[s],
-                                      lse[s], x_hat[s], g[s], g_nll[s])
-            grads.add(s, dz)
+        *grads, dvalues = _zeros((u, W, b, skip, E, values), ctx.needs_input_grad)
+        for s, u_s, skip_s in _chunks(u, W, skip):
+            p, dz = _embed_grad_chunk(u_s, W, b, values, skip_s, E, ctx.cap, targets[s], lse[s], x_hat[s], g[s],
+                                      g_nll[s])
+            _add_grads(grads, s, dz, u_s, W, skip_s, E)
             if dvalues is not None:
                 dvalues += p.T @ g[s]
             del p, dz
-        return (*grads.all(), dvalues, None, None, None)
+        return (*grads, dvalues, None, None)
 
-def expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0, chunk=0):
+def expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0):
     """Posterior mean x_hat = softmax(u W^T + b + skip E^T) @ values, and the nll of `targets` from the same pass.
 
     Shapes as in `token_ce`; values [V, De] (may be E itself). Returns (x_hat [..., De], nll [...] in nats, or None
     without targets), both differentiable in u, W, b, skip, E and values: the backward pass rebuilds the softmax.
     """
-    flat = [x.reshape(-1, x.shape[-1]) if x is not None else None for x in (u, skip)]
     ids = torch.zeros(u.shape[:-1], dtype=torch.int64, device=u.device) if targets is None else targets
-    x_hat, nll = _ExpectedEmbedding.apply(flat[0], W, b, flat[1], E, values, ids.reshape(-1), cap, chunk)
+    x_hat, nll = _ExpectedEmbedding.apply(_flat(u), W, b, _flat(skip), E, values, ids.reshape(-1), cap)
     return x_hat.view(*u.shape[:-1], values.shape[1]), None if targets is None else nll.view(targets.shape)
 
 @torch.no_grad()
-def greedy(u, W, b, skip=None, E=None, cap=0.0, chunk=0):
+def greedy(u, W, b, skip=None, E=None, cap=0.0):
     """argmax over V of the same logits: ids [...] for u [..., D]."""
-    flat = [x.reshape(-1, x.shape[-1]) if x is not None else None for x in (u, skip)]
-    ids = [_logits(flat[0][s], W, b, None if skip is None else flat[1][s], E, cap)[0].argmax(-1)
-           for s in _chunks(flat[0].shape[0], W.shape[0], u.device, chunk)]
+    ids = [_logits(u_s, W, b, skip_s, E, cap)[0].argmax(-1) for _, u_s, skip_s in _chunks(_flat(u), W, _flat(skip))]
     return torch.cat(ids).view(u.shape[:-1])
 
 

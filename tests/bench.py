@@ -476,14 +476,14 @@ def plain_logits(u, W, b, skip, E, cap):
     return cap * torch.tanh(z / cap) if cap else z
 
 
-def plain_token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0, chunk=0):
+def plain_token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0):
     """common.token_ce as one writes it first: logits [..., V], log_softmax, gather."""
     logp = plain_logits(u, W, b, skip, E, cap).log_softmax(-1)
     nll = -logp.gather(-1, targets[..., None])[..., 0]
     return (weight * nll).sum(), nll.detach()
 
 
-def plain_expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0, chunk=0):
+def plain_expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0):
     """common.expected_embedding as one writes it first."""
     logp = plain_logits(u, W, b, skip, E, cap).log_softmax(-1)
     nll = None if targets is None else -logp.gather(-1, targets[..., None])[..., 0]
