@@ -742,19 +742,17 @@ def open_run(cfg, name):
     """The run folder and what its config.json has to say; a folder with a run of another configuration is refused."""
     suffix = f"-distill{getattr(cfg, 'student_steps', 0) or ''}" if cfg.stage == "distill" else ""
     out = pathlib.Path(cfg.out or f"out/{name}-{cfg.preset}{suffix}")
-    config = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "out"} | {"paper": name}
+    config = {k: v for k, v in vars(cfg).items() if k != "out"} | {"paper": name}
     if cfg.teacher:
         config["teacher_sha256"] = digest(cfg.teacher)
     file = out / "config.json"
-    if file.exists():
-        try:
-            old, may_differ = json.loads(file.read_text()), {"log_every"}
-            if cfg.lr_schedule == "constant" and old.get("steps", 0) <= cfg.steps:
-                may_differ.add("steps")         # a constant schedule may go on for longer
-            differing = [k for k in sorted({*config, *old} - may_differ) if old.get(k) != config.get(k)]
-        except (ValueError, TypeError, AttributeError):
-            raise UserError(f"{file} is damaged: restore it, or choose another folder with --out=") from None
-        for k in differing[:1]:
+    try:
+        old = dict(json.loads(file.read_text())) if file.exists() else config
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is damaged: restore it, or choose another folder with --out=") from None
+    for k in sorted({*config, *old} - {"log_every"}):
+        longer = k == "steps" and cfg.lr_schedule == "constant" and old.get(k) in range(cfg.steps)
+        if old.get(k) != config.get(k) and not longer:
             raise UserError(f"{out} holds another run: {k}={old.get(k)} there, {k}={config.get(k)} here; "
                             f"choose another folder with --out= or remove {out}")
     return out, config
@@ -776,12 +774,7 @@ FORMAT, MAGIC = 1, b"sha256:"       # a checkpoint is a torch.save archive follo
 
 def digest(path, size=None):
     """sha256 of the first `size` bytes of a file (all of them by default), hexadecimal."""
-    h, left = hashlib.sha256(), os.path.getsize(path) if size is None else size
-    with open(path, "rb") as f:
-        while left and (block := f.read(min(left, 1 << 22))):
-            h.update(block)
-            left -= len(block)
-    return h.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r")[:size]).hexdigest()
 
 def save_checkpoint(path, payload):
     """Write to a temporary file, hash, flush, then rename; the checkpoint before it becomes ckpt.prev.pt.
@@ -944,7 +937,7 @@ def whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 def gather(x):
-    return whole(x).cpu() if isinstance(x, torch.Tensor) else x
+    return whole(x).cpu()
 
 def local(x):
     return x.to_local() if hasattr(x, "to_local") else x
@@ -999,12 +992,6 @@ def build(Paper, cfg, world, weights=None, source=None):
             m.amp = cfg.precision == "bf16" or cfg.precision == "auto" and world.device.type == "cuda"
     return model
 
-def load_teacher(Paper, cfg, world):
-    """The frozen teacher of --stage=distill: its own configuration, its EMA weights, eval mode."""
-    ckpt = load_checkpoint(cfg.teacher, paper_name(Paper))
-    own = dataclasses.replace(type(cfg)(**ckpt["config"]), init="", precision=cfg.precision, threads=cfg.threads)
-    return build(Paper, own, world, averaged_weights(ckpt), cfg.teacher).eval().requires_grad_(False)
-
 def compile_and_shard(model, cfg, world):
     """In-place compilation of every block (one graph serves all of them), then FSDP2 over the blocks."""
     blocks = [m for m in model.modules() if getattr(m, "compile_me", False)]
@@ -1023,26 +1010,21 @@ def compile_and_shard(model, cfg, world):
             fully_shard(block, mesh=mesh)
 
 def make_optimizers(model, cfg):
-    """One optimiser per class that the paper's groups name (fused AdamW unless said otherwise)."""
+    """An optimiser for each of the paper's groups: fused AdamW unless the group names another class."""
     groups = model.param_groups() if hasattr(model, "param_groups") else [dict(params=model.parameters())]
     adamw = dict(betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
-    classes, seen = {}, set()
+    optimizers, seen = [], set()
     for g in groups:
         g = {"lr": cfg.lr, "clip": "main", "lr_schedule": cfg.lr_schedule, "optimizer": torch.optim.AdamW, **g}
         params, cls = [p for p in g.pop("params") if p.requires_grad], g.pop("optimizer")
         seen.update(map(id, params))
+        loop = {"clip": g.pop("clip"), "lr_schedule": g.pop("lr_schedule"), "peak_lr": g["lr"]}     # for train_step
         for part in plain_and_sharded(params):              # a fused step takes plain or sharded tensors, not both
-            group = {**(adamw if cls is torch.optim.AdamW else {}), **g, "peak_lr": g["lr"], "params": part}
-            classes.setdefault(cls, []).append(group)
+            optimizers.append(cls(part, **{**(adamw if cls is torch.optim.AdamW else {}), **g}))
+            optimizers[-1].param_groups[0].update(loop)
     missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in seen]
     assert not missing, f"param_groups leaves out {missing}"
-    return [make_optimizer(cls, entries) for cls, entries in classes.items()]
-
-def make_optimizer(cls, groups):
-    """Options that only the constructor takes are passed to it; those of a single group stay with the group."""
-    own = {"params", "lr", "betas", "weight_decay", "eps", "fused", "momentum"}
-    shared = {k: groups[0][k] for k in inspect.signature(cls).parameters if k in groups[0] and k not in own}
-    return cls([{k: v for k, v in g.items() if k not in shared} for g in groups], **shared)
+    return optimizers
 
 def plain_and_sharded(tensors):
     """The plain and the FSDP2-sharded ones of a list of tensors, as up to two lists."""
@@ -1171,8 +1153,11 @@ class Run:
         source = newest_checkpoint(out)
         ckpt = load_checkpoint(source, self.name) if source.exists() else None
         self.model = build(Paper, cfg, world, ckpt and ckpt["model"], source)
-        if cfg.stage == "distill" and cfg.teacher:
-            self.model.attach_teacher(load_teacher(Paper, cfg, world), fresh=ckpt is None)
+        if cfg.stage == "distill" and cfg.teacher:      # by its own configuration, with its EMA weights
+            theirs = load_checkpoint(cfg.teacher, self.name)
+            own = type(cfg)(**theirs["config"] | dict(init="", precision=cfg.precision, threads=cfg.threads))
+            teacher = build(Paper, own, world, averaged_weights(theirs), cfg.teacher).eval().requires_grad_(False)
+            self.model.attach_teacher(teacher, fresh=ckpt is None)
         compile_and_shard(self.model, cfg, world)
         self.names, self.params = zip(*((n, p) for n, p in self.model.named_parameters() if p.requires_grad))
         self.ema = [p.detach().clone() for p in self.params]
