@@ -470,11 +470,6 @@ class Rows:
         roles = np.searchsorted(edges, np.arange(self.n_global), side="right")
         return self.local(rng.permutation(roles), device)
 
-def take(mask, capacity):
-    """The rows where mask [n] holds, at a fixed count: (index [capacity], weight [capacity] of 1 or 0 for fillers)."""
-    index = torch.argsort(~mask, stable=True)[:capacity]
-    return index, mask[index].to(torch.get_default_dtype())
-
 
 # --- 5. optimisers ---------------------------------------------------------------------------------
 
@@ -1126,11 +1121,11 @@ def count(n):
     scaled = ((1e9, f"{n / 1e9:.2f}B"), (1e6, f"{n / 1e6:.1f}M"), (1e4, f"{n / 1e3:.0f}k"))
     return next((text for least, text in scaled if n >= least), f"{n:,.0f}")
 
-def flops_per_token(model, cfg, train=True):
+def flops_per_token(model, cfg):
+    """FLOP per token of a training step: the paper's own count, or three forward passes of trunk and head."""
     if hasattr(model, "flops_per_token"):
-        return model.flops_per_token(train)
-    trunk = trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio)
-    return (3 if train else 1) * (trunk + 2 * cfg.vocab * cfg.d_model)
+        return model.flops_per_token(True)
+    return 3 * (trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio) + 2 * cfg.vocab * cfg.d_model)
 
 def mfu(flops_per_second, world):
     """'  mfu 41%' on a GPU whose bf16 peak is known, '' elsewhere."""
@@ -1244,11 +1239,10 @@ class Run:
         self.skipped += round(means.pop("skipped"))
         return {k: v / good if good else math.nan for k, v in means.items()} | {"skipped": self.skipped}
 
-    def show_samples(self, n, width, note=""):
+    def show_samples(self, n, width):
         """Print and keep n samples of the model as it is (inside `averaged`); the same seed every time."""
         ids = draw(self.model, self.corpus, n, getattr(self.model, "default_steps", 64))
-        say_samples(self.world, self.corpus, ids, width)
-        save_samples(self.out, self.world, self.step, self.corpus, ids, note)
+        say_samples(self.world, self.out, self.step, self.corpus, ids, width=width)
 
 def train(Paper, Cfg, presets, overrides, world):
     """Set up or resume a run, take its steps (log, validate, sample and save between them), and close it."""
@@ -1278,12 +1272,11 @@ def train(Paper, Cfg, presets, overrides, world):
         write_atomic(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
     final = [r["text"] for r in kept if r["kind"] == "final"]
     if finished and final:
-        world.say(f"finished at step {run.step}: {final[-1]}")
-        return 0
+        return world.say(f"finished at step {run.step}: {final[-1]}")
     return take_steps(run, flops) or finish(run)
 
 def take_steps(run, flops):
-    """The loop. Returns 128 + signal when one ended it, 0 at the last step."""
+    """The loop. Returns 128 + signal when one ended it, None at the last step."""
     cfg, world, tokens, start = run.cfg, run.world, run.cfg.batch * run.cfg.length, run.step
     batches, stop, micro = Batches(run.corpus, cfg, world, start), Stop(world), micro_batch(cfg, world)
     since, busy = start, 0.0                # the rate: steps since `since` and the seconds they took
@@ -1329,7 +1322,6 @@ def take_steps(run, flops):
             world.say(f"{signal.Signals(signum).name}: saved at step {step}; the same command goes on from there")
             run.record("event", event="stop", signal=signum)
             return 128 + signum
-    return 0
 
 def plot_curves(out, val_keys=()):
     """curves.png: training loss and validation against steps; nothing where matplotlib is not installed."""
@@ -1362,7 +1354,6 @@ def finish(run):
     if world.rank == 0:
         plot_curves(run.out, getattr(run.model, "val_keys", ()))
     world.say(f"next: python {run.name}.py sample --watch   python {run.name}.py eval   (run folder {run.out})")
-    return 0
 
 
 # --- 10. sample, eval, bench -----------------------------------------------------------------------
@@ -1374,19 +1365,19 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 @torch.no_grad()
-def score(model, corpus, world, rows, micro, split="val", seed=0, **options):
-    """Bound over `rows` sequences spread evenly over the split (0 = all), rank-sharded, at the micro-batch shape.
+def score(model, corpus, world, rows, micro, seed=0, **options):
+    """Bound over `rows` validation sequences, evenly spread (0 = all), rank-sharded, at the micro-batch shape.
 
     Returns dict(value, se, tokens, rows, <terms>): nats per counted token, standard error over sequences. A paper
     without `nll` gets the means of its `val_keys` instead. Draws depend on (seed, batch, rank): the same at every call.
     """
-    total = corpus.n_rows(split)
+    total = corpus.n_rows("val")
     n = min(rows or total, total)
     index = np.linspace(0, total - 1, n).round().astype(np.int64)
     sums = 0
     for b in range(-(-n // (micro * world.size))):      # every rank runs as many batches: collectives stay in step
         at = (b * world.size + world.rank) * micro + np.arange(micro)
-        batch = to_device(corpus.rows(split, index[at % n]), world.device)
+        batch = to_device(corpus.rows("val", index[at % n]), world.device)
         live, mask = torch.from_numpy(at < n).to(world.device).double(), batch.get("mask")
         reseed(seed, 2 ** 31, b, world.rank)
         if hasattr(model, "nll"):
@@ -1428,15 +1419,16 @@ def show(corpus, ids, n_source=0):
     text = " → ".join(corpus.decode(part.tolist()) for part in parts).replace("\n", "⏎")
     return "".join(c if c.isprintable() else "·" for c in text)
 
-def say_samples(world, corpus, ids, width=None):
-    """Print samples [n, L]; those of a corpus of pairs answer its first validation sources, as `draw` gave them."""
+def say_samples(world, out, step, corpus, ids, note="", width=None):
+    """Print and keep samples [n, L]; those of a corpus of pairs answer its first validation sources, as in `draw`."""
     sources = [0] * len(ids)
     if corpus.conditional:
         sources = corpus.rows("val", np.arange(len(ids)) % corpus.n_rows("val"))["cond_len"].tolist()
     for i, (row, n_source) in enumerate(zip(ids, sources)):
         world.say(f"  sample {i + 1}| {show(corpus, row, n_source)[:width]}")
+    save_samples(world, out, step, corpus, ids, note)
 
-def save_samples(out, world, step, corpus, ids, note=""):
+def save_samples(world, out, step, corpus, ids, note):
     if world.rank == 0:
         with open(out / "samples.txt", "a") as f:
             f.writelines(f"--- step {step} {note}\n{corpus.decode(row.tolist())}\n" for row in ids)
@@ -1474,20 +1466,18 @@ def load_run(Paper, Cfg, world, out=""):
     compile_and_shard(model, cfg, world)
     return model.eval(), cfg, corpus, out, ckpt["step"]
 
-def sample(Paper, Cfg, options, world):
+def sample(Paper, Cfg, world, n, steps, length, prompt, infill, watch, seed, out, **own):
     """The `sample` verb: n texts, or with --watch the text while noise turns into words."""
-    o = dict(options)
-    n, steps, length, seed, watching = (o.pop(k) for k in ("n", "steps", "length", "seed", "watch"))
     for key, value in (("n", n), ("steps", steps)):
         if value < 1:
             raise UserError(f"--{key}={value}: must be at least 1")
-    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, o.pop("out"))
+    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, out)
     if not 0 <= length <= cfg.length:
         raise UserError(f"--length={length}: the model was trained at length {cfg.length}")
     length = length or cfg.length
-    known, mask = corpus.known(n, length, o.pop("prompt"), o.pop("infill"), world.device)
+    known, mask = corpus.known(n, length, prompt, infill, world.device)
 
-    def watch(k, tokens):
+    def show_step(k, tokens):
         lines = [show(corpus, row)[:110] for row in tokens[:4].cpu()]
         if not world.live:
             return world.say(f"step {k}/{steps}| {lines[0]}")
@@ -1495,25 +1485,21 @@ def sample(Paper, Cfg, options, world):
         print(f"{up}\x1b[Kstep {k}/{steps}\n" + "".join(f"\x1b[K  {t}\n" for t in lines), end="", flush=True)
         time.sleep(0.05)                    # slow enough to see
 
-    began, watch = time.perf_counter(), watch if watching else None
-    ids = draw(model, corpus, n, steps, seed, micro_batch(cfg, world), length, known, mask, watch, **o)
+    began, watch = time.perf_counter(), show_step if watch else None
+    ids = draw(model, corpus, n, steps, seed, micro_batch(cfg, world), length, known, mask, watch, **own)
     seconds = time.perf_counter() - began
-    say_samples(world, corpus, ids)
+    note = " ".join(f"{k}={v}" for k, v in dict(steps=steps, seed=seed, **own).items())
+    say_samples(world, out, step, corpus, ids, note)
     world.say(f"{n} x {length} tokens, {steps} steps, {seconds:.1f} s: {n * length / seconds:,.0f} tok/s, "
               f"{1e3 * seconds / steps:.0f} ms/step; full text in {out / 'samples.txt'}")
-    note = " ".join(f"{k}={v}" for k, v in dict(steps=steps, seed=seed, **o).items())
-    save_samples(out, world, step, corpus, ids, note)
-    return 0
 
-def evaluate(Paper, Cfg, options, world):
+def evaluate(Paper, Cfg, world, rows, n, steps, sets, gen_ppl, seed, out, **own):
     """The `eval` verb: bound on the split and on zero-shot sets, diagnostics, generation metrics; one JSON line."""
-    o = dict(options)
-    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, o.pop("out"))
-    rows, n, steps, sets, gen, seed = (o.pop(k) for k in ("rows", "n", "steps", "sets", "gen_ppl", "seed"))
-    of_nll, of_sample = ({k: v for k, v in o.items() if k in keyword_options(f)}
+    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, out)
+    of_nll, of_sample = ({k: v for k, v in own.items() if k in keyword_options(f)}
                          for f in (getattr(Paper, "nll", None), Paper.sample))
     rows, micro = rows or (64 if of_nll.get("likelihood") == "ode" else 0), micro_batch(cfg, world)
-    record, terms_only = dict(kind="eval", step=step, **o), {"value", "se", "rows", "tokens"}
+    record, no_terms = dict(kind="eval", step=step, **own), {"value", "se", "rows", "tokens"}
     for name in (cfg.data, *filter(None, sets.split(","))):
         began, text = time.perf_counter(), corpus
         if name != cfg.data:
@@ -1523,7 +1509,7 @@ def evaluate(Paper, Cfg, options, world):
                                 f"{corpus.tokenizer} (V {cfg.vocab})")
         record[f"val/{name}"] = val = score(model, text, world, rows, micro, seed=seed, **of_nll)
         world.say(f"{name}: {bound_text(val, text, model, **of_nll)} | {time.perf_counter() - began:.0f} s\n  "
-                  + "  ".join(f"{k} {v:.4f}" for k, v in val.items() if k not in terms_only))
+                  + "  ".join(f"{k} {v:.4f}" for k, v in val.items() if k not in no_terms))
     for line in model.diagnostics(corpus) if hasattr(model, "diagnostics") else ():
         world.say("  " + line)
     if n:
@@ -1531,23 +1517,22 @@ def evaluate(Paper, Cfg, options, world):
         ids = draw(model, corpus, n, steps, seed, micro, **of_sample)
         what, measure = ("pairs", corpus.pair_metrics) if corpus.conditional else ("samples", corpus.sample_metrics)
         record[what], lines = measure(ids)
-        if gen and not corpus.conditional:
+        if gen_ppl and not corpus.conditional:
             texts = [corpus.decode(row.tolist()) for row in ids]
-            record["gen_ppl"] = data.generative_perplexity(texts, gen, world.device)
-            lines.append(f"generative perplexity under {gen}: {record['gen_ppl']:.2f} (read it with the entropy above)")
+            record["gen_ppl"] = data.generative_perplexity(texts, gen_ppl, world.device)
+            lines.append(f"generative perplexity under {gen_ppl}: {record['gen_ppl']:.2f} (read it with the entropy)")
             try:
                 real = corpus.rows("val", np.arange(min(n, corpus.n_rows("val"))))["tokens"]
-                record["mauve"] = data.mauve(texts, [corpus.decode(row.tolist()) for row in real], gen)
-                lines.append(f"MAUVE against held-out text under {gen}: {record['mauve']:.3f}")
+                record["mauve"] = data.mauve(texts, [corpus.decode(row.tolist()) for row in real], gen_ppl)
+                lines.append(f"MAUVE against held-out text under {gen_ppl}: {record['mauve']:.3f}")
             except UserError as e:              # an optional package is missing
                 lines.append(f"mauve: {e}")
         world.say(f"{n} samples, {steps} steps\n  " + "\n  ".join(lines))
-        save_samples(out, world, step, corpus, ids, f"eval steps={steps}")
+        save_samples(world, out, step, corpus, ids, f"eval steps={steps}")
     if world.rank == 0:
         append_metrics(out, **record)
-    return 0
 
-def bench(Paper, Cfg, presets, overrides, options, world):
+def bench(Paper, Cfg, presets, overrides, world, iters, sample_n, sample_steps):
     """The `bench` verb: step time, tokens/s, MFU and peak memory of training and sampling on random tokens."""
     cfg, on_gpu = make_config(Cfg, presets, overrides.get("preset", "tiny"), overrides), world.device.type == "cuda"
     cfg.vocab = cfg.vocab or data.load(cfg.data, tokenizer=cfg.tokenizer, length=cfg.length).vocab
@@ -1569,20 +1554,19 @@ def bench(Paper, Cfg, presets, overrides, options, world):
         return (time.perf_counter() - began) / repeat
 
     # three steps to warm up; on a GPU groups of five between synchronisations
-    times = [timed(lambda: run.train_step(batches), 5 if on_gpu else 1) for _ in range(3 + options["iters"])][3:]
+    times = [timed(lambda: run.train_step(batches), 5 if on_gpu else 1) for _ in range(3 + iters)][3:]
     median, flops = float(np.median(times)), flops_per_token(run.model, cfg)
     rate = cfg.batch * cfg.length / median
     world.say(f"train   {1e3 * median:.1f} ms/step (min {1e3 * min(times):.1f})  {count(rate)} tok/s  "
               f"{flops / 1e6:.1f} MFLOP/token  {rate * flops / 1e12:.3f} TFLOP/s{mfu(rate * flops, world)}  "
               f"peak {peak_memory(world):.2f} GB")
-    n, steps = options["sample_n"], options["sample_steps"]
     run.model.eval()
     with torch.no_grad():                   # the first of the two runs compiles
-        seconds = [timed(lambda: run.model.sample(n, cfg.length, steps)) for _ in range(2)][1]
-    world.say(f"sample  {1e3 * seconds / steps:.1f} ms/step  {count(n * cfg.length / seconds)} tok/s at "
-              f"{n} x {cfg.length}, {steps} steps  {1e3 * seconds / (n * cfg.length):.2f} s per 1,000 tokens  "
+        seconds = [timed(lambda: run.model.sample(sample_n, cfg.length, sample_steps)) for _ in range(2)][1]
+    drawn = sample_n * cfg.length
+    world.say(f"sample  {1e3 * seconds / sample_steps:.1f} ms/step  {count(drawn / seconds)} tok/s at {sample_n} x "
+              f"{cfg.length}, {sample_steps} steps  {1e3 * seconds / drawn:.2f} s per 1,000 tokens  "
               f"peak {peak_memory(world):.2f} GB")
-    return 0
 
 def main(Paper, Cfg, presets, argv=None):
     """Entry point of every paper file. Exit codes: 2 user error, 3 non-finite, 128 + signal, 1 a lost rank."""
@@ -1596,16 +1580,13 @@ def run_verb(Paper, Cfg, presets, argv):
     try:
         verb, overrides, options = parse(argv, Paper, Cfg, presets)
         world = start_world()
-        if verb == "train":
-            return train(Paper, Cfg, presets, overrides, world)
-        if verb == "bench":
-            return bench(Paper, Cfg, presets, overrides, options, world)
-        return (sample if verb == "sample" else evaluate)(Paper, Cfg, options, world)
+        if verb in ("sample", "eval"):
+            return (sample if verb == "sample" else evaluate)(Paper, Cfg, world, **options)
+        return (train if verb == "train" else bench)(Paper, Cfg, presets, overrides, world, **options)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:                 # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (UserError, NonFinite, RuntimeError, OSError) as e:
         text, code = str(e), 3 if isinstance(e, NonFinite) else 2
         if isinstance(e, RuntimeError):

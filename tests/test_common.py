@@ -125,8 +125,6 @@ def test_rows_are_functions_of_the_global_batch():
     assert torch.equal(whole.subset(4).view(6, 4).sum(1), torch.ones(6, dtype=torch.int64))
     counts = torch.stack([torch.bincount(common.Rows(0, s, 0, 24, 24).roles((0.2, 0.8)), minlength=2) for s in range(400)])
     assert counts.sum(1).eq(24).all() and abs(counts[:, 0].double().mean() - 4.8) < 0.1    # 4 or 5, 4.8 on average
-    index, weight = common.take(torch.tensor([False, True, False, True]), 3)
-    assert index.tolist()[:2] == [1, 3] and weight.tolist() == [1, 1, 0]
 
 
 def test_newton_schulz_gram_form_equals_the_plain_form():
