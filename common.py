@@ -581,10 +581,9 @@ def parse_value(key, text, kind):
         raise UserError(f"--{key}={text}: expected {getattr(kind, '__name__', kind)}") from None
 
 def keyword_options(f):
-    """{name: default} of the options of a paper's `sample` or `nll` beyond those of the contract."""
-    fixed = {"self", "n", "length", "steps", "known", "known_mask", "watch", "tokens", "mask"}
-    return {k: p.default for k, p in inspect.signature(f).parameters.items()
-            if k not in fixed and isinstance(p.default, (bool, int, float, str))} if f else {}
+    """{name: default} of the options of a paper's `sample` or `nll` (or None): its keywords with a plain value."""
+    parameters = inspect.signature(f).parameters if f else {}
+    return {k: p.default for k, p in parameters.items() if isinstance(p.default, (bool, int, float, str))}
 
 def nearest(word, words):
     near = difflib.get_close_matches(word, words, 1)
@@ -647,21 +646,21 @@ def make_config(Cfg, presets, preset, overrides):
     if overrides.get("stage", values.get("stage", "train")) != "train":
         values |= presets.get(f"{preset}-distill", {})
     cfg = Cfg(**{**values, **overrides, "preset": preset})
-    whole_numbers = [f.name for f in dataclasses.fields(cfg) if isinstance(getattr(cfg, f.name), int)]
-    shares = [k for k, v in vars(cfg).items() if k.endswith("_prob") and isinstance(v, float)]
     choices = {"lr_schedule": ("constant", "cosine", "linear"), "stage": ("train", "distill"),
                "compile": ("auto", "true", "false"), "precision": ("auto", "bf16", "fp32")}
-    for keys, allows, what in (
-            ("batch accum steps length log_every save_every d_model n_head cond_dim threads mlp_ratio".split(),
-             lambda v: v >= 1, "must be at least 1"),
-            ((*whole_numbers, "clip", "lr", "weight_decay", "adam_eps"), lambda v: 0 <= v < math.inf,
-             "must be finite and not negative"),
-            (("dropout", "ema", "beta1", "beta2"), lambda v: 0 <= v < 1, "must lie in [0, 1)"),
-            (shares, lambda v: 0 <= v <= 1, "a probability lies in [0, 1]"),
-            *(((k,), c.__contains__, f"use one of {', '.join(c)}") for k, c in choices.items())):
-        for key in keys:
-            if not allows(getattr(cfg, key)):
-                raise UserError(f"--{key}={getattr(cfg, key)}: {what}")
+    positive = "batch accum steps length log_every save_every d_model n_head cond_dim threads mlp_ratio".split()
+    for key, value in vars(cfg).items():
+        allowed, least = True, int(key in positive)
+        if key in choices:
+            allowed, rule = value in choices[key], f"use one of {', '.join(choices[key])}"
+        elif key in ("dropout", "ema", "beta1", "beta2"):
+            allowed, rule = 0 <= value < 1, "must lie in [0, 1)"
+        elif key.endswith("_prob") and isinstance(value, float):
+            allowed, rule = 0 <= value <= 1, "a probability lies in [0, 1]"
+        elif isinstance(value, int) or key in ("clip", "lr", "weight_decay", "adam_eps"):
+            allowed, rule = least <= value < math.inf, f"must be finite and at least {least}"
+        if not allowed:
+            raise UserError(f"--{key}={value}: {rule}")
     return cfg
 
 
@@ -684,9 +683,9 @@ class World:
 
 def start_world():
     """The process group under torchrun (NCCL on CUDA, gloo on a CPU), a world of one otherwise."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    gpu, device = torch.cuda.is_available(), torch.device("cpu")
     if gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -803,10 +802,8 @@ def damaged(path, why):
     return UserError(f"{path} is damaged: {why}" + f"; the save before it is {prev}: rename it to ckpt.pt" * has_prev)
 
 def is_ours(path):
-    """True when the file carries our trailer and it matches, False without one; a mismatch is refused.
-
-    A flipped byte inside a tensor would load silently otherwise.
-    """
+    """True when the file carries our trailer and it matches, False without one; a mismatch (a flipped byte inside a
+    tensor would load silently) is refused."""
     size = path.stat().st_size - len(MAGIC) - 32
     with open(path, "rb") as f:
         f.seek(max(0, size))
@@ -839,15 +836,12 @@ def newest_checkpoint(folder):
     """ckpt.pt of a run folder, or ckpt.prev.pt where a kill fell between the two renames."""
     return folder / ("ckpt.pt" if (folder / "ckpt.pt").exists() else "ckpt.prev.pt")
 
-def averaged_weights(ckpt):
-    return {**ckpt["model"], **ckpt["ema"]}
-
 class _Inert:
     """Stands in for every class of a published pickle that is not a tensor; nothing in it runs."""
 
-    def _nothing(self, *args, **kwargs):
-        return None
-    __init__ = __setstate__ = __setitem__ = append = extend = _nothing
+    def __init__(self, *args, **kwargs):
+        pass
+    __setstate__ = __setitem__ = append = extend = __init__
 
 class _TensorsOnly(pickle.Unpickler):
     """Reads the data.pkl of a torch.save archive: rebuilds tensors, maps every other class to `_Inert`."""
@@ -880,14 +874,11 @@ def read_safetensors(path):
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
     raw = bytearray(path.read_bytes())
-    start, out = 8 + int.from_bytes(raw[:8], "little"), {}
+    start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
-    for name, v in header.items():
-        shape, dtype, offset = v["shape"], kinds[v["dtype"]], start + v["data_offsets"][0]
-        n = math.prod(shape)
-        out[name] = torch.frombuffer(raw, dtype=dtype, offset=offset, count=n).view(shape) if n else torch.empty(shape)
-    return out
+    return {name: torch.frombuffer(raw, dtype=kinds[v["dtype"]], offset=start + v["data_offsets"][0],
+                                   count=math.prod(v["shape"])).view(v["shape"]) for name, v in header.items()}
 
 def load_published(path):
     """Raw dict of a published file: .safetensors, or a torch archive read without running anything it contains."""
@@ -921,7 +912,7 @@ def initial_weights(model, path):
         for key in getattr(model, "init_keys", ()):         # keys that change what the same weights compute
             if (theirs := ckpt["config"].get(key)) != getattr(model.cfg, key):
                 raise UserError(f"{path} was trained with --{key}={theirs}, not {getattr(model.cfg, key)}")
-        state = averaged_weights(ckpt)
+        state = ckpt["model"] | ckpt["ema"]
     else:
         raw = load_published(path)
         state = model.published(raw) if hasattr(model, "published") else raw
@@ -1151,7 +1142,7 @@ class Run:
         if cfg.stage == "distill" and cfg.teacher:      # by its own configuration, with its EMA weights
             theirs = load_checkpoint(cfg.teacher, self.name)
             own = type(cfg)(**theirs["config"] | dict(init="", precision=cfg.precision, threads=cfg.threads))
-            teacher = build(Paper, own, world, averaged_weights(theirs), cfg.teacher).eval().requires_grad_(False)
+            teacher = build(Paper, own, world, theirs["model"] | theirs["ema"], cfg.teacher).eval().requires_grad_(False)
             self.model.attach_teacher(teacher, fresh=ckpt is None)
         compile_and_shard(self.model, cfg, world)
         self.names, self.params = zip(*((n, p) for n, p in self.model.named_parameters() if p.requires_grad))
@@ -1462,7 +1453,7 @@ def load_run(Paper, Cfg, world, out=""):
     ckpt = load_checkpoint(newest_checkpoint(out), name)
     cfg = dataclasses.replace(Cfg(**ckpt["config"]), init="", shard=False)
     corpus = load_corpus(Paper, cfg)
-    model = build(Paper, cfg, world, averaged_weights(ckpt), out / "ckpt.pt")
+    model = build(Paper, cfg, world, ckpt["model"] | ckpt["ema"], out / "ckpt.pt")
     compile_and_shard(model, cfg, world)
     return model.eval(), cfg, corpus, out, ckpt["step"]
 
