@@ -29,7 +29,6 @@ import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 import types
 import typing
@@ -566,10 +565,9 @@ def comments_of(cls):
 
 def parse_value(key, text, kind):
     """Text of `--key=text` as int, float, bool, str or Optional of these; a wrong type is one clear line."""
-    if type(None) in typing.get_args(kind):
-        if text.lower() == "none":
-            return None
-        kind = next(a for a in typing.get_args(kind) if a is not type(None))
+    kind, *optional = typing.get_args(kind) or (kind,)      # of Optional[float]: float, NoneType
+    if optional and text.lower() == "none":
+        return None
     try:
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
@@ -582,8 +580,8 @@ def parse_value(key, text, kind):
 
 def keyword_options(f):
     """{name: default} of the options of a paper's `sample` or `nll` (or None): its keywords with a plain value."""
-    parameters = inspect.signature(f).parameters if f else {}
-    return {k: p.default for k, p in parameters.items() if isinstance(p.default, (bool, int, float, str))}
+    keywords = inspect.signature(f).parameters if f else {}
+    return {k: p.default for k, p in keywords.items() if isinstance(p.default, (bool, int, float, str))}
 
 def nearest(word, words):
     near = difflib.get_close_matches(word, words, 1)
@@ -771,10 +769,8 @@ def digest(path, size=None):
     return hashlib.sha256(np.memmap(path, mode="r")[:size]).hexdigest()
 
 def save_checkpoint(path, payload):
-    """Write to a temporary file, hash, flush, then rename; the checkpoint before it becomes ckpt.prev.pt.
-
-    Between the two renames only ckpt.prev.pt exists, so loading looks for both. Nothing is renamed if writing fails.
-    """
+    """Write to a temporary file, hash, flush, then rename; the checkpoint before it becomes ckpt.prev.pt (between the
+    two renames only that one exists). Nothing is renamed if writing fails."""
     tmp = path.with_suffix(".tmp")
     try:
         with open(tmp, "wb") as f:
@@ -1048,10 +1044,7 @@ def clip_gradients(optimizers, limit):
 
 class Batches:
     """Micro-batches of the run in order; for a GPU a thread makes and pins the next ones while this one computes.
-
-    Rows are a function of (seed, step), so the data position of a checkpoint is its step. Pinned memory is reused by
-    torch's host allocator. On a CPU the batch is made in place: there is nothing to overlap.
-    """
+    Rows are a function of (seed, step), so the data position of a checkpoint is its step."""
 
     def __init__(self, corpus, cfg, world, start):
         self.corpus, self.cfg, self.world = corpus, cfg, world
@@ -1081,9 +1074,8 @@ class Stop:
         self.world, self.signum, gpu = world, 0, world.device.type == "cuda"
         self.seen, self.next = (torch.zeros(2, pin_memory=gpu) for _ in range(2))
         self.event = torch.cuda.Event() if gpu else None
-        if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(s, self.catch)
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self.catch)
 
     def catch(self, signum, frame):
         if self.signum:
@@ -1116,7 +1108,7 @@ def flops_per_token(model, cfg):
     """FLOP per token of a training step: the paper's own count, or three forward passes of trunk and head."""
     if hasattr(model, "flops_per_token"):
         return model.flops_per_token(True)
-    return 3 * (trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio) + 2 * cfg.vocab * cfg.d_model)
+    return 3 * trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio) + 6 * cfg.vocab * cfg.d_model
 
 def mfu(flops_per_second, world):
     """'  mfu 41%' on a GPU whose bf16 peak is known, '' elsewhere."""
@@ -1142,8 +1134,8 @@ class Run:
         if cfg.stage == "distill" and cfg.teacher:      # by its own configuration, with its EMA weights
             theirs = load_checkpoint(cfg.teacher, self.name)
             own = type(cfg)(**theirs["config"] | dict(init="", precision=cfg.precision, threads=cfg.threads))
-            teacher = build(Paper, own, world, theirs["model"] | theirs["ema"], cfg.teacher).eval().requires_grad_(False)
-            self.model.attach_teacher(teacher, fresh=ckpt is None)
+            teacher = build(Paper, own, world, theirs["model"] | theirs["ema"], cfg.teacher)
+            self.model.attach_teacher(teacher.eval().requires_grad_(False), fresh=ckpt is None)
         compile_and_shard(self.model, cfg, world)
         self.names, self.params = zip(*((n, p) for n, p in self.model.named_parameters() if p.requires_grad))
         self.ema = [p.detach().clone() for p in self.params]
@@ -1459,9 +1451,8 @@ def load_run(Paper, Cfg, world, out=""):
 
 def sample(Paper, Cfg, world, n, steps, length, prompt, infill, watch, seed, out, **own):
     """The `sample` verb: n texts, or with --watch the text while noise turns into words."""
-    for key, value in (("n", n), ("steps", steps)):
-        if value < 1:
-            raise UserError(f"--{key}={value}: must be at least 1")
+    if min(n, steps) < 1:
+        raise UserError(f"--n={n} --steps={steps}: both must be at least 1")
     model, cfg, corpus, out, step = load_run(Paper, Cfg, world, out)
     if not 0 <= length <= cfg.length:
         raise UserError(f"--length={length}: the model was trained at length {cfg.length}")
