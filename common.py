@@ -1140,6 +1140,7 @@ class Run:
         self.names, self.params = zip(*((n, p) for n, p in self.model.named_parameters() if p.requires_grad))
         self.ema = [p.detach().clone() for p in self.params]
         self.optimizers = make_optimizers(self.model, cfg)
+        self.optimizer_of = {p: opt for opt in self.optimizers for p in opt.param_groups[0]["params"]}
         self.bad = torch.zeros((), device=world.device)         # consecutive skipped steps
         if ckpt:
             self.restore(ckpt)
@@ -1147,22 +1148,17 @@ class Run:
     def restore(self, ckpt):
         self.step, self.elapsed, self.skipped = ckpt["step"], ckpt["stats"]["elapsed"], ckpt["stats"]["skipped"]
         self.sums = to_device(ckpt["sums"], self.world.device)
-        for e, name in zip(self.ema, self.names):
+        for name, p, e in zip(self.names, self.params, self.ema):
             e.copy_(like(ckpt["ema"][name], e))
-        for opt, p, name in self.optimised():
-            opt.state[p] = {k: like(v, p) for k, v in ckpt["optimizer"][name].items()}
-
-    def optimised(self):
-        """(optimiser, parameter, name): states are saved by name, whatever groups the parameters are in."""
-        names = dict(zip(self.params, self.names))
-        return [(opt, p, names[p]) for opt in self.optimizers for g in opt.param_groups for p in g["params"]]
+            self.optimizer_of[p].state[p] = {k: like(v, p) for k, v in ckpt["optimizer"][name].items()}
 
     def save(self):
         state = dict(
             format=FORMAT, paper=self.name, config=dataclasses.asdict(self.cfg), step=self.step,
             model={k: gather(v) for k, v in self.model.state_dict().items()},
             ema={n: gather(e) for n, e in zip(self.names, self.ema)},
-            optimizer={n: {k: gather(v) for k, v in opt.state[p].items()} for opt, p, n in self.optimised()},
+            optimizer={n: {k: gather(v) for k, v in self.optimizer_of[p].state[p].items()}
+                       for n, p in zip(self.names, self.params)},
             sums={k: gather(v) for k, v in self.sums.items()}, stats=dict(elapsed=self.elapsed, skipped=self.skipped))
         if self.world.rank == 0:
             save_checkpoint(self.path, state)
@@ -1233,6 +1229,8 @@ def train(Paper, Cfg, presets, overrides, world):
     cfg = make_config(Cfg, presets, preset, overrides)
     if cfg.batch % (world.size * cfg.accum):
         raise UserError(f"--batch={cfg.batch} is not divisible by {world.size} ranks x {cfg.accum} micro-steps")
+    if cfg.stage == "distill" and not hasattr(Paper, "attach_teacher"):
+        raise UserError(f"--stage=distill: {name}.py has one stage only")
     if cfg.teacher:
         load_checkpoint(cfg.teacher, name)
     elif cfg.stage == "distill" and not getattr(Paper, "distils_alone", lambda cfg: False)(cfg):
@@ -1253,8 +1251,7 @@ def train(Paper, Cfg, presets, overrides, world):
     kept = [r for r in read_metrics(out) if r.get("step", 0) <= run.step and (finished or r.get("kind") != "final")]
     if world.rank == 0:                     # lines past the checkpoint are cut: no step appears twice
         write_atomic(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-    final = [r["text"] for r in kept if r["kind"] == "final"]
-    if finished and final:
+    if final := [r["text"] for r in kept if r["kind"] == "final"]:
         return world.say(f"finished at step {run.step}: {final[-1]}")
     return take_steps(run, flops) or finish(run)
 
