@@ -30,7 +30,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 import typing
 import zipfile
 
@@ -1042,29 +1041,29 @@ def clip_gradients(optimizers, limit):
             torch._foreach_mul_([local(g) for g in grads], scale)
     return torch.stack(norms).norm()
 
-class Batches:
-    """Micro-batches of the run in order; for a GPU a thread makes and pins the next ones while this one computes.
+def training_batches(corpus, cfg, world, start):
+    """Yields the micro-batches of the run from step `start` on; for a GPU a thread makes and pins two ahead.
     Rows are a function of (seed, step), so the data position of a checkpoint is its step."""
+    n_local, gpu = micro_batch(cfg, world), world.device.type == "cuda"
+    order, ahead = itertools.product(range(start, cfg.steps), range(cfg.accum)), collections.deque()
 
-    def __init__(self, corpus, cfg, world, start):
-        self.corpus, self.cfg, self.world = corpus, cfg, world
-        self.n_local, self.pinned = cfg.batch // (world.size * cfg.accum), world.device.type == "cuda"
-        order = itertools.product(range(start, cfg.steps), range(cfg.accum))
-        self.ahead, self.order, self.pool = collections.deque(), order, concurrent.futures.ThreadPoolExecutor(1)
-
-    def make(self, step, micro):
-        cfg, first = self.cfg, (self.world.rank * self.cfg.accum + micro) * self.n_local
-        batch = self.corpus.train_batch(cfg.seed, step, first, self.n_local, cfg.batch)
-        if self.pinned:
+    def make(step, micro):
+        first = (world.rank * cfg.accum + micro) * n_local
+        batch = corpus.train_batch(cfg.seed, step, first, n_local, cfg.batch)
+        if gpu:
             batch = {k: v.pin_memory() for k, v in batch.items()}
-        return batch | {"rows": Rows(cfg.seed, step, first, self.n_local, cfg.batch)}
+        return batch | {"rows": Rows(cfg.seed, step, first, n_local, cfg.batch)}
 
-    def get(self, step, micro):
-        if not self.pinned:
-            return self.make(step, micro)
-        for at in itertools.islice(self.order, 3 - len(self.ahead)):
-            self.ahead.append(self.pool.submit(self.make, *at))
-        return to_device(self.ahead.popleft().result(), self.world.device)
+    if not gpu:                             # there is nothing to overlap
+        yield from itertools.starmap(make, order)
+        return
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    for at in order:
+        ahead.append(pool.submit(make, *at))
+        if len(ahead) == 3:
+            yield to_device(ahead.popleft().result(), world.device)
+    for batch in ahead:
+        yield to_device(batch.result(), world.device)
 
 class Stop:
     """SIGTERM and SIGINT set a flag (a second signal exits at once); the ranks agree on it and on the count of
@@ -1185,7 +1184,7 @@ class Run:
         """One optimiser step: forward and backward per micro-step, reduce, clip, update, average. No host sync."""
         cfg, step, seen = self.cfg, self.step, collections.defaultdict(float)
         for micro in range(cfg.accum):
-            batch = batches.get(step, micro)
+            batch = next(batches)
             reseed(cfg.seed, step, micro, self.world.rank)
             loss, metrics = self.model.loss(batch)
             (loss / cfg.accum).backward()
@@ -1258,7 +1257,7 @@ def train(Paper, Cfg, presets, overrides, world):
 def take_steps(run, flops):
     """The loop. Returns 128 + signal when one ended it, None at the last step."""
     cfg, world, tokens, start = run.cfg, run.world, run.cfg.batch * run.cfg.length, run.step
-    batches, stop, micro = Batches(run.corpus, cfg, world, start), Stop(world), micro_batch(cfg, world)
+    batches, stop, micro = training_batches(run.corpus, cfg, world, start), Stop(world), micro_batch(cfg, world)
     since, busy = start, 0.0                # the rate: steps since `since` and the seconds they took
     run.model.train()
     while run.step < cfg.steps:
@@ -1366,13 +1365,13 @@ def score(model, corpus, world, rows, micro, seed=0, **options):
         else:
             metrics = model.loss(batch | {"rows": Rows(seed, b, world.rank * micro, micro, micro * world.size)})[1]
             out, tokens = {k: metrics[k].expand(micro) for k in model.val_keys if k in metrics}, torch.ones_like(live)
-        names, nll = list(out), out.get("nll", tokens)
+        nll = out.get("nll", tokens)
         parts = [tokens, live, tokens * tokens, tokens * nll, nll * nll, *out.values()]
         sums = sums + torch.stack([(p.double() * live).sum() for p in parts])
     if world.size > 1:
         dist.all_reduce(sums)
     tokens, rows, tt, tn, nn_, *totals = sums.tolist()
-    means = {k: v / tokens for k, v in zip(names, totals)}
+    means = {k: v / tokens for k, v in zip(out, totals)}
     if "nll" not in means:
         return means | dict(rows=int(rows))
     value = means.pop("nll")
@@ -1388,7 +1387,7 @@ def draw(model, corpus, n, steps, seed=0, micro=32, length=0, known=None, known_
         known, known_mask = corpus.known(n, length, device=next(model.parameters()).device)
     for i in range(0, n, micro):
         reseed(seed, 2 ** 31 + 1, i)
-        k, m = (x if x is None else x[i:min(i + micro, n)] for x in (known, known_mask))
+        k, m = (x if x is None else x[i:i + micro] for x in (known, known_mask))
         ids = model.sample(min(micro, n - i), length, steps, known=k, known_mask=m, watch=watch, **options)
         parts.append(ids.cpu())
     return torch.cat(parts)
@@ -1480,12 +1479,11 @@ def evaluate(Paper, Cfg, world, rows, n, steps, sets, gen_ppl, seed, out, **own)
     rows, micro = rows or (64 if of_nll.get("likelihood") == "ode" else 0), micro_batch(cfg, world)
     record, no_terms = dict(kind="eval", step=step, **own), {"value", "se", "rows", "tokens"}
     for name in (cfg.data, *filter(None, sets.split(","))):
-        began, text = time.perf_counter(), corpus
-        if name != cfg.data:
-            text = data.load(name, tokenizer=cfg.tokenizer, length=cfg.length)
-            if text.tokenizer != corpus.tokenizer or text.vocab > cfg.vocab:
-                raise UserError(f"--sets={name}: its tokenizer is {text.tokenizer} (V {text.vocab}), the model's "
-                                f"{corpus.tokenizer} (V {cfg.vocab})")
+        began = time.perf_counter()
+        text = corpus if name == cfg.data else data.load(name, tokenizer=cfg.tokenizer, length=cfg.length)
+        if text.tokenizer != corpus.tokenizer or text.vocab > cfg.vocab:
+            raise UserError(f"--sets={name}: its tokenizer is {text.tokenizer} (V {text.vocab}), the model's "
+                            f"{corpus.tokenizer} (V {cfg.vocab})")
         record[f"val/{name}"] = val = score(model, text, world, rows, micro, seed=seed, **of_nll)
         world.say(f"{name}: {bound_text(val, text, model, **of_nll)} | {time.perf_counter() - began:.0f} s\n  "
                   + "  ".join(f"{k} {v:.4f}" for k, v in val.items() if k not in no_terms))
@@ -1518,8 +1516,7 @@ def bench(Paper, Cfg, presets, overrides, world, iters, sample_n, sample_steps):
     cfg.unigram_entropy = cfg.unigram_entropy or math.log(cfg.vocab)
     run, n = Run(Paper, cfg, world, None, pathlib.Path(os.devnull)), micro_batch(cfg, world)
     tokens = torch.randint(cfg.vocab, (n, cfg.length), device=world.device)
-    rows = Rows(0, 0, world.rank * n, n, n * world.size)
-    batches = types.SimpleNamespace(get=lambda step, micro: dict(tokens=tokens, rows=rows))     # the same at every step
+    batches = itertools.repeat(dict(tokens=tokens, rows=Rows(0, 0, world.rank * n, n, n * world.size)))
     world.say(f"{run.name} preset {cfg.preset}: batch {cfg.batch} x {cfg.length}, D {cfg.d_model}, "
               f"{cfg.n_layer} blocks, V {cfg.vocab}, {count(sum(p.numel() for p in run.params))} parameters, "
               f"torch {torch.__version__}")

@@ -177,7 +177,7 @@ class Toy(torch.nn.Module):
 def toy_run(tmp_path, **keys):
     cfg = common.make_config(ToyConfig, {"tiny": {}}, "tiny", dict(steps=4, warmup=0, lr=0.1, batch=4, length=4, **keys))
     run = common.Run(Toy, cfg, common.World(), None, tmp_path)
-    batches = types.SimpleNamespace(get=lambda step, micro: {"rows": common.Rows(0, step, 0, 4, 4)})
+    batches = iter(lambda: {"rows": common.Rows(0, run.step, 0, 4, 4)}, None)
     return run, batches
 
 

@@ -614,7 +614,7 @@ def three_steps(paper, world, argv, steps=3, given=True, bad=None, save=""):
     losses, states = [], []
     try:
         for _ in range(steps):
-            run.train_step(common.Batches(corpus, cfg, world, run.step))
+            run.train_step(common.training_batches(corpus, cfg, world, run.step))
             losses.append(run.flush()["loss"])
             states.append({k: common.gather(v).clone() for k, v in model.state_dict().items()})
     finally:
