@@ -300,11 +300,6 @@ def _embed_grad_chunk(u, W, b, values, skip, E, cap, targets, lse, x_hat, g, g_n
     dz.scatter_add_(1, targets[:, None], -g_nll[:, None])
     return p, dz if slope is None else dz.mul_(slope)
 
-def compile_heads():
-    """Compile the chunk bodies (exp, subtract and scale fuse); the loops over chunks stay outside."""
-    for f in (_ce_chunk, _embed_chunk, _embed_grad_chunk):
-        globals()[f.__name__] = torch.compile(f, dynamic=False)
-
 def chunk_rows(V, device):
     """How many rows of V logits are worked on at a time."""
     return max(64, CHUNK_ELEMENTS.get(device.type, 2 ** 24) // V)
@@ -455,10 +450,9 @@ class Rows:
 
     def subset(self, every=4, salt=0, device=None):
         """bool [n_local]: exactly one row, drawn at random, in each consecutive group of `every` global rows."""
-        groups = -(-self.n_global // every)
-        mask = np.zeros(groups * every, dtype=bool)
-        mask[np.arange(groups) * every + self.rng(2, salt).integers(0, every, groups)] = True
-        return self.local(mask[:self.n_global], device)
+        chosen = self.rng(2, salt).integers(0, every, -(-self.n_global // every))       # one of each group
+        mask = np.arange(self.n_global) % every == np.repeat(chosen, every)[:self.n_global]
+        return self.local(mask, device)
 
     def roles(self, shares, salt=0, device=None):
         """int64 [n_local]: role of each row; global counts are shares * n_global, stochastically rounded, permuted."""
@@ -557,11 +551,6 @@ OPTIONS = {     # verb: {name: (default, comment)}; a paper's own options are th
         "iters": (10, "timed training steps"), "sample_n": (4, "sequences of the timed sampling run"),
         "sample_steps": (8, "solver steps of the timed sampling run")}}
 
-def comments_of(cls):
-    """{field: trailing comment} of a dataclass and its bases, read from their source."""
-    sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
-    return dict(pair for s in sources for pair in re.findall(r"^    (\w+): [^#\n]*?# *(.*)$", s, re.M))
-
 def parse_value(key, text, kind):
     """Text of `--key=text` as int, float, bool, str or Optional of these; a wrong type is one clear line."""
     kind, *optional = typing.get_args(kind) or (kind,)      # of Optional[float]: float, NoneType
@@ -617,7 +606,9 @@ def print_help(Paper, Cfg, presets, verb, options):
     own = f"option of {Paper.__name__}.sample or .nll"
     keys = {k: (v, OPTIONS[verb].get(k, (v, own))[1]) for k, v in options.items()}
     if verb in ("train", "bench"):
-        keys |= {f.name: (f.default, comments_of(Cfg).get(f.name, "")) for f in dataclasses.fields(Cfg)}
+        sources = [inspect.getsource(c) for c in reversed(Cfg.__mro__) if dataclasses.is_dataclass(c)]
+        notes = dict(re.findall(r"^    (\w+): [^#\n]*?# *(.*)$", "".join(sources), re.M))     # trailing comments
+        keys |= {f.name: (f.default, notes.get(f.name, "")) for f in dataclasses.fields(Cfg)}
     for k, (default, note) in keys.items():
         print(f"  --{k}={default}".ljust(34) + note)
     for name, values in presets.items() if verb == "train" else ():
@@ -974,11 +965,12 @@ def build(Paper, cfg, world, weights=None, source=None):
     return model
 
 def compile_and_shard(model, cfg, world):
-    """In-place compilation of every block (one graph serves all of them), then FSDP2 over the blocks."""
+    """In-place compilation of every block (one graph serves all) and of the heads, then FSDP2 over the blocks."""
     blocks = [m for m in model.modules() if getattr(m, "compile_me", False)]
     if cfg.compile == "true" or cfg.compile == "auto" and world.device.type == "cuda":
         torch._dynamo.config.recompile_limit = 32   # train, self-conditioning and sampling shapes of a block
-        compile_heads()
+        for f in (_ce_chunk, _embed_chunk, _embed_grad_chunk):      # the heads' loops over chunks stay outside
+            globals()[f.__name__] = torch.compile(f, dynamic=False)
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
     if cfg.shard:
@@ -1142,14 +1134,11 @@ class Run:
         self.optimizer_of = {p: opt for opt in self.optimizers for p in opt.param_groups[0]["params"]}
         self.bad = torch.zeros((), device=world.device)         # consecutive skipped steps
         if ckpt:
-            self.restore(ckpt)
-
-    def restore(self, ckpt):
-        self.step, self.elapsed, self.skipped = ckpt["step"], ckpt["stats"]["elapsed"], ckpt["stats"]["skipped"]
-        self.sums = to_device(ckpt["sums"], self.world.device)
-        for name, p, e in zip(self.names, self.params, self.ema):
-            e.copy_(like(ckpt["ema"][name], e))
-            self.optimizer_of[p].state[p] = {k: like(v, p) for k, v in ckpt["optimizer"][name].items()}
+            self.step, self.elapsed, self.skipped = ckpt["step"], ckpt["stats"]["elapsed"], ckpt["stats"]["skipped"]
+            self.sums = to_device(ckpt["sums"], world.device)
+            for name, p, e in zip(self.names, self.params, self.ema):
+                e.copy_(like(ckpt["ema"][name], e))
+                self.optimizer_of[p].state[p] = {k: like(v, p) for k, v in ckpt["optimizer"][name].items()}
 
     def save(self):
         state = dict(
