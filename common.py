@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from data import UserError
+from data import UserError, refuse
 
 
 # --- 1. configuration ------------------------------------------------------------------------------
@@ -594,8 +594,7 @@ def parse(argv, Paper, Cfg, presets):
         key = key.replace("-", "_")
         if not arg.startswith("--") or key not in known:
             raise UserError(f"unknown key '{arg}' of '{verb}'" + (nearest(key, known) or ": see --help"))
-        if not eq and known[key] is not bool:
-            raise UserError(f"--{key} needs a value: --{key}=...")
+        refuse(not eq and known[key] is not bool, f"--{key} needs a value: --{key}=...")
         (overrides if key in kinds else options)[key] = parse_value(key, text if eq else "true", known[key])
     if (name := overrides.get("preset", "tiny")) not in presets:
         raise UserError(f"--preset={name}: no such preset; one of {', '.join(presets)}" + nearest(name, presets))
@@ -638,7 +637,7 @@ def make_config(Cfg, presets, preset, overrides):
                "compile": ("auto", "true", "false"), "precision": ("auto", "bf16", "fp32")}
     positive = "batch accum steps length log_every save_every d_model n_head cond_dim threads mlp_ratio".split()
     for key, value in vars(cfg).items():
-        allowed, least = True, int(key in positive)
+        allowed, rule, least = True, "", int(key in positive)
         if key in choices:
             allowed, rule = value in choices[key], f"use one of {', '.join(choices[key])}"
         elif key in ("dropout", "ema", "beta1", "beta2"):
@@ -647,8 +646,7 @@ def make_config(Cfg, presets, preset, overrides):
             allowed, rule = 0 <= value <= 1, "a probability lies in [0, 1]"
         elif isinstance(value, int) or key in ("clip", "lr", "weight_decay", "adam_eps"):
             allowed, rule = least <= value < math.inf, f"must be finite and at least {least}"
-        if not allowed:
-            raise UserError(f"--{key}={value}: {rule}")
+        refuse(not allowed, f"--{key}={value}: {rule}")
     return cfg
 
 
@@ -803,8 +801,7 @@ def is_ours(path):
 def load_checkpoint(path, paper=None):
     """Our own checkpoint as a dict of tensors and plain values (weights_only), checked before it is read."""
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+    refuse(not path.is_file(), f"no checkpoint at {path}")
     if not is_ours(path):
         raise damaged(path, "it is truncated, or not a checkpoint of this project")
     try:
@@ -812,10 +809,8 @@ def load_checkpoint(path, paper=None):
     except Exception as e:                  # a pickle with a wrong byte can raise anything
         raise damaged(path, (str(e) or type(e).__name__).splitlines()[0]) from None
     version = ckpt.get("format") if isinstance(ckpt, dict) else None
-    if version != FORMAT:
-        raise UserError(f"{path} has checkpoint format {version}; this code reads format {FORMAT}")
-    if paper and ckpt["paper"] != paper:
-        raise UserError(f"{path} is a checkpoint of {ckpt['paper']}.py, not of {paper}.py")
+    refuse(version != FORMAT, f"{path} has checkpoint format {version}; this code reads format {FORMAT}")
+    refuse(paper and ckpt["paper"] != paper, f"{path} is a checkpoint of {ckpt['paper']}.py, not of {paper}.py")
     return ckpt
 
 def newest_checkpoint(folder):
@@ -869,8 +864,7 @@ def read_safetensors(path):
 def load_published(path):
     """Raw dict of a published file: .safetensors, or a torch archive read without running anything it contains."""
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"no weights at {path}")
+    refuse(not path.is_file(), f"no weights at {path}")
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
@@ -886,8 +880,7 @@ def load_weights(model, state, source):
     problems = [f"missing {k} {own[k]}" for k in own if k not in given][:1]
     problems += [f"unexpected {k} {given[k]}" for k in given if k not in own][:1]
     problems += [f"{k} is {given[k]} there, {own[k]} here" for k in own if given.get(k, own[k]) != own[k]][:1]
-    if problems:
-        raise UserError(f"{source} does not fit this model: " + "; ".join(problems))
+    refuse(problems, f"{source} does not fit this model: " + "; ".join(problems))
     model.load_state_dict({k: state[k] for k in own})
 
 def initial_weights(model, path):
@@ -974,8 +967,7 @@ def compile_and_shard(model, cfg, world):
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
     if cfg.shard:
-        if world.size == 1:
-            raise UserError("--shard=true needs several ranks: start it with torchrun")
+        refuse(world.size == 1, "--shard=true needs several ranks: start it with torchrun")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         mesh = init_device_mesh(world.device.type, (world.size,))
@@ -1436,11 +1428,9 @@ def load_run(Paper, Cfg, world, out=""):
 
 def sample(Paper, Cfg, world, n, steps, length, prompt, infill, watch, seed, out, **own):
     """The `sample` verb: n texts, or with --watch the text while noise turns into words."""
-    if min(n, steps) < 1:
-        raise UserError(f"--n={n} --steps={steps}: both must be at least 1")
+    refuse(min(n, steps) < 1, f"--n={n} --steps={steps}: both must be at least 1")
     model, cfg, corpus, out, step = load_run(Paper, Cfg, world, out)
-    if not 0 <= length <= cfg.length:
-        raise UserError(f"--length={length}: the model was trained at length {cfg.length}")
+    refuse(not 0 <= length <= cfg.length, f"--length={length}: the model was trained at length {cfg.length}")
     length = length or cfg.length
     known, mask = corpus.known(n, length, prompt, infill, world.device)
 
