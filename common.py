@@ -29,9 +29,7 @@ import resource
 import shutil
 import signal
 import sys
-import threading
 import time
-import types
 import typing
 import zipfile
 
@@ -42,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from data import UserError
+from data import UserError, refuse
 
 
 # --- 1. configuration ------------------------------------------------------------------------------
@@ -137,16 +135,6 @@ def attention(q, k, v, softcap=0.0, causal=False, explicit=False):
         scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1), -math.inf)
     return scores.softmax(dim=-1) @ v
 
-class LayerNorm(nn.Module):
-    """Layer norm over D with a weight and no bias, eps 1e-5; autocast runs it in float32."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, None, 1e-5)
-
 def zero_linear(n_in, n_out, bias=True):
     """A linear layer that starts at zero. It draws like any other: seeds give the same weights around it."""
     linear = nn.Linear(n_in, n_out, bias)
@@ -157,13 +145,12 @@ def zero_linear(n_in, n_out, bias=True):
 class TimestepEmbedder(nn.Module):
     """MLP(sinusoid(t)): [B] -> [B, C]. The time enters raw, without the factor 1000 of image models."""
 
-    def __init__(self, cond_dim, features=256):
+    def __init__(self, cond_dim):
         super().__init__()
-        self.features = features
-        self.mlp = nn.Sequential(nn.Linear(features, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+        self.mlp = nn.Sequential(nn.Linear(256, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
 
     def forward(self, t):
-        return self.mlp(sinusoid(t, self.features).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t).to(self.mlp[0].weight.dtype))
 
 class Block(nn.Module):
     """adaLN-zero transformer block: h += gate * dropout(branch(norm(h) * (1 + scale) + shift)), twice."""
@@ -172,10 +159,10 @@ class Block(nn.Module):
     def __init__(self, d_model, n_head, cond_dim, mlp_ratio=4, dropout=0.0, softcap=0.0, causal=False, gate_init=0.0):
         super().__init__()
         self.n_head, self.dropout, self.softcap, self.causal = n_head, dropout, softcap, causal
-        self.norm1 = LayerNorm(d_model)
+        self.norm1 = nn.LayerNorm(d_model, bias=False)
         self.attn_qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.attn_out = nn.Linear(d_model, d_model, bias=False)
-        self.norm2 = LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model, bias=False)
         self.mlp = nn.Sequential(nn.Linear(d_model, mlp_ratio * d_model), nn.GELU(approximate="tanh"),
                                  nn.Linear(mlp_ratio * d_model, d_model))
         self.adaLN_modulation = zero_linear(cond_dim, 6 * d_model)
@@ -193,20 +180,12 @@ class Block(nn.Module):
         x = self.mlp(self.norm2(h) * (1 + scale2) + shift2)
         return h + gate2 * (F.dropout(x, self.dropout, self.training) if self.dropout else x)
 
-class VocabEmbed(nn.Module):
-    """Holds the [V, D] table under its published name, vocab_embed.embedding; init U(-1/sqrt(D), 1/sqrt(D))."""
-
-    def __init__(self, vocab, dim):
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(vocab, dim))
-        nn.init.uniform_(self.embedding, -dim ** -0.5, dim ** -0.5)
-
 class OutputLayer(nn.Module):
     """Final norm with its modulation; `linear` (zero at the start) is applied by the caller's vocabulary head."""
 
     def __init__(self, d_model, cond_dim, out):
         super().__init__()
-        self.norm_final = LayerNorm(d_model)
+        self.norm_final = nn.LayerNorm(d_model, bias=False)
         if out:
             self.linear = zero_linear(d_model, out)
         self.adaLN_modulation = zero_linear(cond_dim, 2 * d_model)
@@ -231,7 +210,8 @@ class DiT(nn.Module):
             raise UserError(f"d_model={d_model} must be a multiple of 2 * n_head={2 * n_head}: change one of them")
         self.d_model, self.n_layer, self.amp = d_model, n_layer, False
         if vocab:
-            self.vocab_embed = VocabEmbed(vocab, d_model)
+            table = torch.empty(vocab, d_model).uniform_(-d_model ** -0.5, d_model ** -0.5)
+            self.vocab_embed = nn.ParameterDict({"embedding": nn.Parameter(table)})
         self.sigma_map = TimestepEmbedder(cond_dim)
         if n_times == 2:
             self.sigma_map_prime = TimestepEmbedder(cond_dim)
@@ -271,12 +251,10 @@ def trunk_flops(d_model, n_layer, length, mlp_ratio=4):
 
 # --- 3. vocabulary heads ---------------------------------------------------------------------------
 # With V = 50,257 one float32 [B, L, V] tensor of a 64 x 1,024 batch is 13 GB, and the plain expressions keep four
-# alive. Both heads walk over chunks of rows instead and keep only what is [N, D] or [V, D]: `token_ce` takes the
-# gradient in the forward pass (its incoming gradient is one scalar), `expected_embedding` rebuilds a chunk's softmax
-# from (u, lse).
+# alive. Both heads walk over chunks of rows instead: `token_ce` takes the gradient in the forward pass (its incoming
+# gradient is one scalar), `expected_embedding` rebuilds a chunk's softmax from (u, lse).
 
-# rows * V of a chunk. A GPU wants 2,048 rows or more; on a CPU 28 MB stay below glibc's limit for blocks that it keeps
-# (above 32 MB every allocation is fresh pages: 7 % slower).
+# rows * V of a chunk. A GPU wants 2,048 rows or more; on a CPU 28 MB stay below the blocks that glibc keeps (32 MB).
 CHUNK_ELEMENTS = {"cpu": 7 * 2 ** 20, "cuda": 2 ** 28}
 
 def _logits(u, W, b, skip, E, cap):
@@ -322,18 +300,19 @@ def _embed_grad_chunk(u, W, b, values, skip, E, cap, targets, lse, x_hat, g, g_n
     dz.scatter_add_(1, targets[:, None], -g_nll[:, None])
     return p, dz if slope is None else dz.mul_(slope)
 
-def compile_heads():
-    """Compile the chunk bodies (exp, subtract and scale fuse); the loops over chunks stay outside."""
-    for f in (_ce_chunk, _embed_chunk, _embed_grad_chunk):
-        globals()[f.__name__] = torch.compile(f, dynamic=False)
-
 def chunk_rows(V, device):
     """How many rows of V logits are worked on at a time."""
     return max(64, CHUNK_ELEMENTS.get(device.type, 2 ** 24) // V)
 
-def _chunks(n, V, device, chunk):
-    size = chunk or chunk_rows(V, device)
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+def _chunks(u, W, skip):
+    """(slice, its rows of u, its rows of skip) for u [N, D]."""
+    size = chunk_rows(len(W), u.device)
+    for i in range(0, len(u), size):
+        s = slice(i, i + size)
+        yield s, u[s], None if skip is None else skip[s]
+
+def _flat(x):
+    return None if x is None else x.reshape(-1, x.shape[-1])
 
 def accumulate(total, a, b):
     """total [V, D] += a^T b; without a temporary where the dtypes agree, else in total's (float32) precision."""
@@ -342,114 +321,95 @@ def accumulate(total, a, b):
     else:
         total += a.T @ b
 
-class _HeadGrads:
-    """Accumulates the gradients of (u, W, b, skip, E) over chunks of d logits, in the dtype of the parameters."""
+def _zeros(inputs, needed):
+    """A gradient for each input that needs one, in its dtype; None for the others."""
+    return [torch.zeros_like(x) if need else None for x, need in zip(inputs, needed)]
 
-    def __init__(self, needs, u, W, b, skip, E):
-        self.u, self.W, self.skip, self.E = u, W, skip, E
-        self.du = torch.empty_like(u) if needs[0] else None
-        self.dW, self.db, self.dE = (torch.zeros_like(x) if need else None
-                                     for x, need in zip((W, b, E), (needs[1], needs[2], needs[4])))
-        self.dskip = torch.empty_like(skip) if needs[3] else None
-
-    def add(self, s, dz):
-        low = dz.to(self.u.dtype)
-        if self.du is not None:
-            self.du[s] = low @ self.W.to(low.dtype)
-        if self.dW is not None:
-            accumulate(self.dW, low, self.u[s])
-        if self.db is not None:
-            self.db += dz.sum(0)
-        if self.dskip is not None:
-            self.dskip[s] = (dz @ self.E.to(dz.dtype)).to(self.dskip.dtype)
-        if self.dE is not None:
-            accumulate(self.dE, dz, self.skip[s].to(dz.dtype))
-
-    def all(self):
-        return self.du, self.dW, self.db, self.dskip, self.dE
+def _add_grads(grads, s, dz, u, W, skip, E):
+    """Add what rows s, with d loss / d raw logits dz [n, V], give to the gradients of (u, W, b, skip, E)."""
+    du, dW, db, dskip, dE = grads
+    low = dz.to(u.dtype)
+    if du is not None:
+        du[s] = low @ W.to(low.dtype)
+    if dW is not None:
+        accumulate(dW, low, u)
+    if db is not None:
+        db += dz.sum(0)
+    if dskip is not None:
+        dskip[s] = dz @ E.to(dz.dtype)
+    if dE is not None:
+        accumulate(dE, dz, skip.to(dz.dtype))
 
 class _TokenCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, W, b, skip, E, targets, weight, cap, chunk):
-        grads = _HeadGrads(ctx.needs_input_grad[:5], u, W, b, skip, E)
-        nll = torch.empty(u.shape[0], device=u.device, dtype=b.dtype)
-        for s in _chunks(u.shape[0], W.shape[0], u.device, chunk):
-            nll[s], dz = _ce_chunk(u[s], W, b, None if skip is None else skip[s], E, cap, targets[s], weight[s])
+    def forward(ctx, u, W, b, skip, E, targets, weight, cap):
+        grads, nll = _zeros((u, W, b, skip, E), ctx.needs_input_grad), torch.empty_like(weight)
+        for s, u_s, skip_s in _chunks(u, W, skip):
+            nll[s], dz = _ce_chunk(u_s, W, b, skip_s, E, cap, targets[s], weight[s])
             if any(ctx.needs_input_grad):
-                grads.add(s, dz)
+                _add_grads(grads, s, dz, u_s, W, skip_s, E)
             del dz                      # free this chunk before the next one is built
-        ctx.grads = grads.all()
+        ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(nll)
         return (weight * nll).sum(), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
-        if ctx.grads is None:
-            raise RuntimeError("token_ce scales its stored gradients in place: backward can run only once")
-        out, ctx.grads = ctx.grads, None
-        return (*[None if x is None else x.mul_(g) for x in out], None, None, None, None)
+        return (*[None if x is None else x.mul_(g) for x in ctx.saved_tensors], None, None, None)
 
-def token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0, chunk=0):
+def token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0):
     """Cross-entropy of logits = u W^T + b + skip E^T, weighted by row, without a [N, V] tensor alive beyond a chunk.
 
     u [..., D], W [V, D], b [V], targets [...] int64, weight [...] (known before the head), skip [..., De] and E [V, De]
     optional; cap > 0 squashes the logits to cap tanh(logits / cap). Returns (sum of weight * nll, nll [...] detached).
     The gradients are computed in the forward pass and only scaled in the backward pass, which can run once.
     """
-    flat = [x.reshape(-1, x.shape[-1]) if x is not None else None for x in (u, skip)]
     weight = weight.detach().expand(targets.shape).reshape(-1).to(b.dtype)
     if not torch.is_grad_enabled():         # needs_input_grad ignores no_grad: parameters would cost their gradients
         W, b, E = (x if x is None else x.detach() for x in (W, b, E))
-    loss, nll = _TokenCE.apply(flat[0], W, b, flat[1], E, targets.reshape(-1), weight, cap, chunk)
+    loss, nll = _TokenCE.apply(_flat(u), W, b, _flat(skip), E, targets.reshape(-1), weight, cap)
     return loss, nll.view(targets.shape)
 
 class _ExpectedEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, W, b, skip, E, values, targets, cap, chunk):
-        n = u.shape[0]
-        x_hat = torch.empty(n, values.shape[1], device=u.device, dtype=values.dtype)
-        nll, lse = (torch.empty(n, device=u.device, dtype=b.dtype) for _ in range(2))
-        for s in _chunks(n, W.shape[0], u.device, chunk):
-            x_hat[s], nll[s], lse[s] = _embed_chunk(u[s], W, b, values, None if skip is None else skip[s], E, cap,
-                                                    targets[s])
+    def forward(ctx, u, W, b, skip, E, values, targets, cap):
+        x_hat = values.new_empty(len(u), values.shape[1])
+        nll, lse = (b.new_empty(len(u)) for _ in range(2))
+        for s, u_s, skip_s in _chunks(u, W, skip):
+            x_hat[s], nll[s], lse[s] = _embed_chunk(u_s, W, b, values, skip_s, E, cap, targets[s])
         ctx.save_for_backward(u, W, b, skip, E, values, targets, lse, x_hat)
-        ctx.options = cap, chunk
+        ctx.cap = cap
         return x_hat, nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, g_nll):
         u, W, b, skip, E, values, targets, lse, x_hat = ctx.saved_tensors
-        cap, chunk = ctx.options
-        grads = _HeadGrads(ctx.needs_input_grad[:5], u, W, b, skip, E)
-        dvalues = torch.zeros_like(values) if ctx.needs_input_grad[5] else None
-        for s in _chunks(u.shape[0], W.shape[0], u.device, chunk):
-            p, dz = _embed_grad_chunk(u[s], W, b, values, None if skip is None else skip[s], E, cap, targets[s],
-                                      lse[s], x_hat[s], g[s], g_nll[s])
-            grads.add(s, dz)
+        *grads, dvalues = _zeros((u, W, b, skip, E, values), ctx.needs_input_grad)
+        for s, u_s, skip_s in _chunks(u, W, skip):
+            p, dz = _embed_grad_chunk(u_s, W, b, values, skip_s, E, ctx.cap, targets[s], lse[s], x_hat[s], g[s],
+                                      g_nll[s])
+            _add_grads(grads, s, dz, u_s, W, skip_s, E)
             if dvalues is not None:
                 dvalues += p.T @ g[s]
             del p, dz
-        return (*grads.all(), dvalues, None, None, None)
+        return (*grads, dvalues, None, None)
 
-def expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0, chunk=0):
+def expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0):
     """Posterior mean x_hat = softmax(u W^T + b + skip E^T) @ values, and the nll of `targets` from the same pass.
 
     Shapes as in `token_ce`; values [V, De] (may be E itself). Returns (x_hat [..., De], nll [...] in nats, or None
     without targets), both differentiable in u, W, b, skip, E and values: the backward pass rebuilds the softmax.
     """
-    flat = [x.reshape(-1, x.shape[-1]) if x is not None else None for x in (u, skip)]
     ids = torch.zeros(u.shape[:-1], dtype=torch.int64, device=u.device) if targets is None else targets
-    x_hat, nll = _ExpectedEmbedding.apply(flat[0], W, b, flat[1], E, values, ids.reshape(-1), cap, chunk)
+    x_hat, nll = _ExpectedEmbedding.apply(_flat(u), W, b, _flat(skip), E, values, ids.reshape(-1), cap)
     return x_hat.view(*u.shape[:-1], values.shape[1]), None if targets is None else nll.view(targets.shape)
 
 @torch.no_grad()
-def greedy(u, W, b, skip=None, E=None, cap=0.0, chunk=0):
+def greedy(u, W, b, skip=None, E=None, cap=0.0):
     """argmax over V of the same logits: ids [...] for u [..., D]."""
-    flat = [x.reshape(-1, x.shape[-1]) if x is not None else None for x in (u, skip)]
-    ids = [_logits(flat[0][s], W, b, None if skip is None else flat[1][s], E, cap)[0].argmax(-1)
-           for s in _chunks(flat[0].shape[0], W.shape[0], u.device, chunk)]
+    ids = [_logits(u_s, W, b, skip_s, E, cap)[0].argmax(-1) for _, u_s, skip_s in _chunks(_flat(u), W, _flat(skip))]
     return torch.cat(ids).view(u.shape[:-1])
 
 
@@ -490,10 +450,9 @@ class Rows:
 
     def subset(self, every=4, salt=0, device=None):
         """bool [n_local]: exactly one row, drawn at random, in each consecutive group of `every` global rows."""
-        groups = -(-self.n_global // every)
-        mask = np.zeros(groups * every, dtype=bool)
-        mask[np.arange(groups) * every + self.rng(2, salt).integers(0, every, groups)] = True
-        return self.local(mask[:self.n_global], device)
+        chosen = self.rng(2, salt).integers(0, every, -(-self.n_global // every))       # one of each group
+        mask = np.arange(self.n_global) % every == np.repeat(chosen, every)[:self.n_global]
+        return self.local(mask, device)
 
     def roles(self, shares, salt=0, device=None):
         """int64 [n_local]: role of each row; global counts are shares * n_global, stochastically rounded, permuted."""
@@ -502,11 +461,6 @@ class Rows:
         edges[-1] = self.n_global
         roles = np.searchsorted(edges, np.arange(self.n_global), side="right")
         return self.local(rng.permutation(roles), device)
-
-def take(mask, capacity):
-    """The rows where mask [n] holds, at a fixed count: (index [capacity], weight [capacity] of 1 or 0 for fillers)."""
-    index = torch.argsort(~mask, stable=True)[:capacity]
-    return index, mask[index].to(torch.get_default_dtype())
 
 
 # --- 5. optimisers ---------------------------------------------------------------------------------
@@ -597,17 +551,11 @@ OPTIONS = {     # verb: {name: (default, comment)}; a paper's own options are th
         "iters": (10, "timed training steps"), "sample_n": (4, "sequences of the timed sampling run"),
         "sample_steps": (8, "solver steps of the timed sampling run")}}
 
-def comments_of(cls):
-    """{field: trailing comment} of a dataclass and its bases, read from their source."""
-    sources = [inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
-    return dict(pair for s in sources for pair in re.findall(r"^    (\w+): [^#\n]*?# *(.*)$", s, re.M))
-
 def parse_value(key, text, kind):
     """Text of `--key=text` as int, float, bool, str or Optional of these; a wrong type is one clear line."""
-    if type(None) in typing.get_args(kind):
-        if text.lower() == "none":
-            return None
-        kind = next(a for a in typing.get_args(kind) if a is not type(None))
+    kind, *optional = typing.get_args(kind) or (kind,)      # of Optional[float]: float, NoneType
+    if optional and text.lower() == "none":
+        return None
     try:
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
@@ -619,10 +567,9 @@ def parse_value(key, text, kind):
         raise UserError(f"--{key}={text}: expected {getattr(kind, '__name__', kind)}") from None
 
 def keyword_options(f):
-    """{name: default} of the options of a paper's `sample` or `nll` beyond those of the contract."""
-    fixed = {"self", "n", "length", "steps", "known", "known_mask", "watch", "tokens", "mask"}
-    return {k: p.default for k, p in inspect.signature(f).parameters.items()
-            if k not in fixed and isinstance(p.default, (bool, int, float, str))} if f else {}
+    """{name: default} of the options of a paper's `sample` or `nll` (or None): its keywords with a plain value."""
+    keywords = inspect.signature(f).parameters if f else {}
+    return {k: p.default for k, p in keywords.items() if isinstance(p.default, (bool, int, float, str))}
 
 def nearest(word, words):
     near = difflib.get_close_matches(word, words, 1)
@@ -647,8 +594,7 @@ def parse(argv, Paper, Cfg, presets):
         key = key.replace("-", "_")
         if not arg.startswith("--") or key not in known:
             raise UserError(f"unknown key '{arg}' of '{verb}'" + (nearest(key, known) or ": see --help"))
-        if not eq and known[key] is not bool:
-            raise UserError(f"--{key} needs a value: --{key}=...")
+        refuse(not eq and known[key] is not bool, f"--{key} needs a value: --{key}=...")
         (overrides if key in kinds else options)[key] = parse_value(key, text if eq else "true", known[key])
     if (name := overrides.get("preset", "tiny")) not in presets:
         raise UserError(f"--preset={name}: no such preset; one of {', '.join(presets)}" + nearest(name, presets))
@@ -659,7 +605,9 @@ def print_help(Paper, Cfg, presets, verb, options):
     own = f"option of {Paper.__name__}.sample or .nll"
     keys = {k: (v, OPTIONS[verb].get(k, (v, own))[1]) for k, v in options.items()}
     if verb in ("train", "bench"):
-        keys |= {f.name: (f.default, comments_of(Cfg).get(f.name, "")) for f in dataclasses.fields(Cfg)}
+        sources = [inspect.getsource(c) for c in reversed(Cfg.__mro__) if dataclasses.is_dataclass(c)]
+        notes = dict(re.findall(r"^    (\w+): [^#\n]*?# *(.*)$", "".join(sources), re.M))     # trailing comments
+        keys |= {f.name: (f.default, notes.get(f.name, "")) for f in dataclasses.fields(Cfg)}
     for k, (default, note) in keys.items():
         print(f"  --{k}={default}".ljust(34) + note)
     for name, values in presets.items() if verb == "train" else ():
@@ -685,21 +633,20 @@ def make_config(Cfg, presets, preset, overrides):
     if overrides.get("stage", values.get("stage", "train")) != "train":
         values |= presets.get(f"{preset}-distill", {})
     cfg = Cfg(**{**values, **overrides, "preset": preset})
-    whole_numbers = [f.name for f in dataclasses.fields(cfg) if isinstance(getattr(cfg, f.name), int)]
-    shares = [k for k, v in vars(cfg).items() if k.endswith("_prob") and isinstance(v, float)]
     choices = {"lr_schedule": ("constant", "cosine", "linear"), "stage": ("train", "distill"),
                "compile": ("auto", "true", "false"), "precision": ("auto", "bf16", "fp32")}
-    for keys, allows, what in (
-            ("batch accum steps length log_every save_every d_model n_head cond_dim threads mlp_ratio".split(),
-             lambda v: v >= 1, "must be at least 1"),
-            ((*whole_numbers, "clip", "lr", "weight_decay", "adam_eps"), lambda v: 0 <= v < math.inf,
-             "must be finite and not negative"),
-            (("dropout", "ema", "beta1", "beta2"), lambda v: 0 <= v < 1, "must lie in [0, 1)"),
-            (shares, lambda v: 0 <= v <= 1, "a probability lies in [0, 1]"),
-            *(((k,), c.__contains__, f"use one of {', '.join(c)}") for k, c in choices.items())):
-        for key in keys:
-            if not allows(getattr(cfg, key)):
-                raise UserError(f"--{key}={getattr(cfg, key)}: {what}")
+    positive = "batch accum steps length log_every save_every d_model n_head cond_dim threads mlp_ratio".split()
+    for key, value in vars(cfg).items():
+        allowed, rule, least = True, "", int(key in positive)
+        if key in choices:
+            allowed, rule = value in choices[key], f"use one of {', '.join(choices[key])}"
+        elif key in ("dropout", "ema", "beta1", "beta2"):
+            allowed, rule = 0 <= value < 1, "must lie in [0, 1)"
+        elif key.endswith("_prob") and isinstance(value, float):
+            allowed, rule = 0 <= value <= 1, "a probability lies in [0, 1]"
+        elif isinstance(value, int) or key in ("clip", "lr", "weight_decay", "adam_eps"):
+            allowed, rule = least <= value < math.inf, f"must be finite and at least {least}"
+        refuse(not allowed, f"--{key}={value}: {rule}")
     return cfg
 
 
@@ -722,9 +669,9 @@ class World:
 
 def start_world():
     """The process group under torchrun (NCCL on CUDA, gloo on a CPU), a world of one otherwise."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    gpu, device = torch.cuda.is_available(), torch.device("cpu")
     if gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -775,19 +722,17 @@ def open_run(cfg, name):
     """The run folder and what its config.json has to say; a folder with a run of another configuration is refused."""
     suffix = f"-distill{getattr(cfg, 'student_steps', 0) or ''}" if cfg.stage == "distill" else ""
     out = pathlib.Path(cfg.out or f"out/{name}-{cfg.preset}{suffix}")
-    config = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "out"} | {"paper": name}
+    config = {k: v for k, v in vars(cfg).items() if k != "out"} | {"paper": name}
     if cfg.teacher:
         config["teacher_sha256"] = digest(cfg.teacher)
     file = out / "config.json"
-    if file.exists():
-        try:
-            old, may_differ = json.loads(file.read_text()), {"log_every"}
-            if cfg.lr_schedule == "constant" and old.get("steps", 0) <= cfg.steps:
-                may_differ.add("steps")         # a constant schedule may go on for longer
-            differing = [k for k in sorted({*config, *old} - may_differ) if old.get(k) != config.get(k)]
-        except (ValueError, TypeError, AttributeError):
-            raise UserError(f"{file} is damaged: restore it, or choose another folder with --out=") from None
-        for k in differing[:1]:
+    try:
+        old = dict(json.loads(file.read_text())) if file.exists() else config
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is damaged: restore it, or choose another folder with --out=") from None
+    for k in sorted({*config, *old} - {"log_every"}):
+        longer = k == "steps" and cfg.lr_schedule == "constant" and old.get(k) in range(cfg.steps)
+        if old.get(k) != config.get(k) and not longer:
             raise UserError(f"{out} holds another run: {k}={old.get(k)} there, {k}={config.get(k)} here; "
                             f"choose another folder with --out= or remove {out}")
     return out, config
@@ -809,18 +754,11 @@ FORMAT, MAGIC = 1, b"sha256:"       # a checkpoint is a torch.save archive follo
 
 def digest(path, size=None):
     """sha256 of the first `size` bytes of a file (all of them by default), hexadecimal."""
-    h, left = hashlib.sha256(), os.path.getsize(path) if size is None else size
-    with open(path, "rb") as f:
-        while left and (block := f.read(min(left, 1 << 22))):
-            h.update(block)
-            left -= len(block)
-    return h.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r")[:size]).hexdigest()
 
 def save_checkpoint(path, payload):
-    """Write to a temporary file, hash, flush, then rename; the checkpoint before it becomes ckpt.prev.pt.
-
-    Between the two renames only ckpt.prev.pt exists, so loading looks for both. Nothing is renamed if writing fails.
-    """
+    """Write to a temporary file, hash, flush, then rename; the checkpoint before it becomes ckpt.prev.pt (between the
+    two renames only that one exists). Nothing is renamed if writing fails."""
     tmp = path.with_suffix(".tmp")
     try:
         with open(tmp, "wb") as f:
@@ -848,10 +786,8 @@ def damaged(path, why):
     return UserError(f"{path} is damaged: {why}" + f"; the save before it is {prev}: rename it to ckpt.pt" * has_prev)
 
 def is_ours(path):
-    """True when the file carries our trailer and it matches, False without one; a mismatch is refused.
-
-    A flipped byte inside a tensor would load silently otherwise.
-    """
+    """True when the file carries our trailer and it matches, False without one; a mismatch (a flipped byte inside a
+    tensor would load silently) is refused."""
     size = path.stat().st_size - len(MAGIC) - 32
     with open(path, "rb") as f:
         f.seek(max(0, size))
@@ -865,8 +801,7 @@ def is_ours(path):
 def load_checkpoint(path, paper=None):
     """Our own checkpoint as a dict of tensors and plain values (weights_only), checked before it is read."""
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+    refuse(not path.is_file(), f"no checkpoint at {path}")
     if not is_ours(path):
         raise damaged(path, "it is truncated, or not a checkpoint of this project")
     try:
@@ -874,25 +809,20 @@ def load_checkpoint(path, paper=None):
     except Exception as e:                  # a pickle with a wrong byte can raise anything
         raise damaged(path, (str(e) or type(e).__name__).splitlines()[0]) from None
     version = ckpt.get("format") if isinstance(ckpt, dict) else None
-    if version != FORMAT:
-        raise UserError(f"{path} has checkpoint format {version}; this code reads format {FORMAT}")
-    if paper and ckpt["paper"] != paper:
-        raise UserError(f"{path} is a checkpoint of {ckpt['paper']}.py, not of {paper}.py")
+    refuse(version != FORMAT, f"{path} has checkpoint format {version}; this code reads format {FORMAT}")
+    refuse(paper and ckpt["paper"] != paper, f"{path} is a checkpoint of {ckpt['paper']}.py, not of {paper}.py")
     return ckpt
 
 def newest_checkpoint(folder):
     """ckpt.pt of a run folder, or ckpt.prev.pt where a kill fell between the two renames."""
     return folder / ("ckpt.pt" if (folder / "ckpt.pt").exists() else "ckpt.prev.pt")
 
-def averaged_weights(ckpt):
-    return {**ckpt["model"], **ckpt["ema"]}
-
 class _Inert:
     """Stands in for every class of a published pickle that is not a tensor; nothing in it runs."""
 
-    def _nothing(self, *args, **kwargs):
-        return None
-    __init__ = __setstate__ = __setitem__ = append = extend = _nothing
+    def __init__(self, *args, **kwargs):
+        pass
+    __setstate__ = __setitem__ = append = extend = __init__
 
 class _TensorsOnly(pickle.Unpickler):
     """Reads the data.pkl of a torch.save archive: rebuilds tensors, maps every other class to `_Inert`."""
@@ -925,20 +855,16 @@ def read_safetensors(path):
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
     raw = bytearray(path.read_bytes())
-    start, out = 8 + int.from_bytes(raw[:8], "little"), {}
+    start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
-    for name, v in header.items():
-        shape, dtype, offset = v["shape"], kinds[v["dtype"]], start + v["data_offsets"][0]
-        n = math.prod(shape)
-        out[name] = torch.frombuffer(raw, dtype=dtype, offset=offset, count=n).view(shape) if n else torch.empty(shape)
-    return out
+    return {name: torch.frombuffer(raw, dtype=kinds[v["dtype"]], offset=start + v["data_offsets"][0],
+                                   count=math.prod(v["shape"])).view(v["shape"]) for name, v in header.items()}
 
 def load_published(path):
     """Raw dict of a published file: .safetensors, or a torch archive read without running anything it contains."""
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"no weights at {path}")
+    refuse(not path.is_file(), f"no weights at {path}")
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
@@ -954,8 +880,7 @@ def load_weights(model, state, source):
     problems = [f"missing {k} {own[k]}" for k in own if k not in given][:1]
     problems += [f"unexpected {k} {given[k]}" for k in given if k not in own][:1]
     problems += [f"{k} is {given[k]} there, {own[k]} here" for k in own if given.get(k, own[k]) != own[k]][:1]
-    if problems:
-        raise UserError(f"{source} does not fit this model: " + "; ".join(problems))
+    refuse(problems, f"{source} does not fit this model: " + "; ".join(problems))
     model.load_state_dict({k: state[k] for k in own})
 
 def initial_weights(model, path):
@@ -966,7 +891,7 @@ def initial_weights(model, path):
         for key in getattr(model, "init_keys", ()):         # keys that change what the same weights compute
             if (theirs := ckpt["config"].get(key)) != getattr(model.cfg, key):
                 raise UserError(f"{path} was trained with --{key}={theirs}, not {getattr(model.cfg, key)}")
-        state = averaged_weights(ckpt)
+        state = ckpt["model"] | ckpt["ema"]
     else:
         raw = load_published(path)
         state = model.published(raw) if hasattr(model, "published") else raw
@@ -977,7 +902,7 @@ def whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 def gather(x):
-    return whole(x).cpu() if isinstance(x, torch.Tensor) else x
+    return whole(x).cpu()
 
 def local(x):
     return x.to_local() if hasattr(x, "to_local") else x
@@ -1032,23 +957,17 @@ def build(Paper, cfg, world, weights=None, source=None):
             m.amp = cfg.precision == "bf16" or cfg.precision == "auto" and world.device.type == "cuda"
     return model
 
-def load_teacher(Paper, cfg, world):
-    """The frozen teacher of --stage=distill: its own configuration, its EMA weights, eval mode."""
-    ckpt = load_checkpoint(cfg.teacher, paper_name(Paper))
-    own = dataclasses.replace(type(cfg)(**ckpt["config"]), init="", precision=cfg.precision, threads=cfg.threads)
-    return build(Paper, own, world, averaged_weights(ckpt), cfg.teacher).eval().requires_grad_(False)
-
 def compile_and_shard(model, cfg, world):
-    """In-place compilation of every block (one graph serves all of them), then FSDP2 over the blocks."""
+    """In-place compilation of every block (one graph serves all) and of the heads, then FSDP2 over the blocks."""
     blocks = [m for m in model.modules() if getattr(m, "compile_me", False)]
     if cfg.compile == "true" or cfg.compile == "auto" and world.device.type == "cuda":
         torch._dynamo.config.recompile_limit = 32   # train, self-conditioning and sampling shapes of a block
-        compile_heads()
+        for f in (_ce_chunk, _embed_chunk, _embed_grad_chunk):      # the heads' loops over chunks stay outside
+            globals()[f.__name__] = torch.compile(f, dynamic=False)
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
     if cfg.shard:
-        if world.size == 1:
-            raise UserError("--shard=true needs several ranks: start it with torchrun")
+        refuse(world.size == 1, "--shard=true needs several ranks: start it with torchrun")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         mesh = init_device_mesh(world.device.type, (world.size,))
@@ -1056,26 +975,21 @@ def compile_and_shard(model, cfg, world):
             fully_shard(block, mesh=mesh)
 
 def make_optimizers(model, cfg):
-    """One optimiser per class that the paper's groups name (fused AdamW unless said otherwise)."""
+    """An optimiser for each of the paper's groups: fused AdamW unless the group names another class."""
     groups = model.param_groups() if hasattr(model, "param_groups") else [dict(params=model.parameters())]
     adamw = dict(betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True)
-    classes, seen = {}, set()
+    optimizers, seen = [], set()
     for g in groups:
         g = {"lr": cfg.lr, "clip": "main", "lr_schedule": cfg.lr_schedule, "optimizer": torch.optim.AdamW, **g}
         params, cls = [p for p in g.pop("params") if p.requires_grad], g.pop("optimizer")
         seen.update(map(id, params))
+        loop = {"clip": g.pop("clip"), "lr_schedule": g.pop("lr_schedule"), "peak_lr": g["lr"]}     # for train_step
         for part in plain_and_sharded(params):              # a fused step takes plain or sharded tensors, not both
-            group = {**(adamw if cls is torch.optim.AdamW else {}), **g, "peak_lr": g["lr"], "params": part}
-            classes.setdefault(cls, []).append(group)
+            optimizers.append(cls(part, **{**(adamw if cls is torch.optim.AdamW else {}), **g}))
+            optimizers[-1].param_groups[0].update(loop)
     missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in seen]
     assert not missing, f"param_groups leaves out {missing}"
-    return [make_optimizer(cls, entries) for cls, entries in classes.items()]
-
-def make_optimizer(cls, groups):
-    """Options that only the constructor takes are passed to it; those of a single group stay with the group."""
-    own = {"params", "lr", "betas", "weight_decay", "eps", "fused", "momentum"}
-    shared = {k: groups[0][k] for k in inspect.signature(cls).parameters if k in groups[0] and k not in own}
-    return cls([{k: v for k, v in g.items() if k not in shared} for g in groups], **shared)
+    return optimizers
 
 def plain_and_sharded(tensors):
     """The plain and the FSDP2-sharded ones of a list of tensors, as up to two lists."""
@@ -1111,32 +1025,29 @@ def clip_gradients(optimizers, limit):
             torch._foreach_mul_([local(g) for g in grads], scale)
     return torch.stack(norms).norm()
 
-class Batches:
-    """Micro-batches of the run in order; for a GPU a thread makes and pins the next ones while this one computes.
+def training_batches(corpus, cfg, world, start):
+    """Yields the micro-batches of the run from step `start` on; for a GPU a thread makes and pins two ahead.
+    Rows are a function of (seed, step), so the data position of a checkpoint is its step."""
+    n_local, gpu = micro_batch(cfg, world), world.device.type == "cuda"
+    order, ahead = itertools.product(range(start, cfg.steps), range(cfg.accum)), collections.deque()
 
-    Rows are a function of (seed, step), so the data position of a checkpoint is its step. Pinned memory is reused by
-    torch's host allocator. On a CPU the batch is made in place: there is nothing to overlap.
-    """
-
-    def __init__(self, corpus, cfg, world, start):
-        self.corpus, self.cfg, self.world = corpus, cfg, world
-        self.n_local, self.pinned = cfg.batch // (world.size * cfg.accum), world.device.type == "cuda"
-        order = itertools.product(range(start, cfg.steps), range(cfg.accum))
-        self.ahead, self.order, self.pool = collections.deque(), order, concurrent.futures.ThreadPoolExecutor(1)
-
-    def make(self, step, micro):
-        cfg, first = self.cfg, (self.world.rank * self.cfg.accum + micro) * self.n_local
-        batch = self.corpus.train_batch(cfg.seed, step, first, self.n_local, cfg.batch)
-        if self.pinned:
+    def make(step, micro):
+        first = (world.rank * cfg.accum + micro) * n_local
+        batch = corpus.train_batch(cfg.seed, step, first, n_local, cfg.batch)
+        if gpu:
             batch = {k: v.pin_memory() for k, v in batch.items()}
-        return batch | {"rows": Rows(cfg.seed, step, first, self.n_local, cfg.batch)}
+        return batch | {"rows": Rows(cfg.seed, step, first, n_local, cfg.batch)}
 
-    def get(self, step, micro):
-        if not self.pinned:
-            return self.make(step, micro)
-        for at in itertools.islice(self.order, 3 - len(self.ahead)):
-            self.ahead.append(self.pool.submit(self.make, *at))
-        return to_device(self.ahead.popleft().result(), self.world.device)
+    if not gpu:                             # there is nothing to overlap
+        yield from itertools.starmap(make, order)
+        return
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    for at in order:
+        ahead.append(pool.submit(make, *at))
+        if len(ahead) == 3:
+            yield to_device(ahead.popleft().result(), world.device)
+    for batch in ahead:
+        yield to_device(batch.result(), world.device)
 
 class Stop:
     """SIGTERM and SIGINT set a flag (a second signal exits at once); the ranks agree on it and on the count of
@@ -1146,9 +1057,8 @@ class Stop:
         self.world, self.signum, gpu = world, 0, world.device.type == "cuda"
         self.seen, self.next = (torch.zeros(2, pin_memory=gpu) for _ in range(2))
         self.event = torch.cuda.Event() if gpu else None
-        if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(s, self.catch)
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self.catch)
 
     def catch(self, signum, frame):
         if self.signum:
@@ -1177,11 +1087,11 @@ def count(n):
     scaled = ((1e9, f"{n / 1e9:.2f}B"), (1e6, f"{n / 1e6:.1f}M"), (1e4, f"{n / 1e3:.0f}k"))
     return next((text for least, text in scaled if n >= least), f"{n:,.0f}")
 
-def flops_per_token(model, cfg, train=True):
+def flops_per_token(model, cfg):
+    """FLOP per token of a training step: the paper's own count, or three forward passes of trunk and head."""
     if hasattr(model, "flops_per_token"):
-        return model.flops_per_token(train)
-    trunk = trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio)
-    return (3 if train else 1) * (trunk + 2 * cfg.vocab * cfg.d_model)
+        return model.flops_per_token(True)
+    return 3 * trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio) + 6 * cfg.vocab * cfg.d_model
 
 def mfu(flops_per_second, world):
     """'  mfu 41%' on a GPU whose bf16 peak is known, '' elsewhere."""
@@ -1204,35 +1114,31 @@ class Run:
         source = newest_checkpoint(out)
         ckpt = load_checkpoint(source, self.name) if source.exists() else None
         self.model = build(Paper, cfg, world, ckpt and ckpt["model"], source)
-        if cfg.stage == "distill" and cfg.teacher:
-            self.model.attach_teacher(load_teacher(Paper, cfg, world), fresh=ckpt is None)
+        if cfg.stage == "distill" and cfg.teacher:      # by its own configuration, with its EMA weights
+            theirs = load_checkpoint(cfg.teacher, self.name)
+            own = type(cfg)(**theirs["config"] | dict(init="", precision=cfg.precision, threads=cfg.threads))
+            teacher = build(Paper, own, world, theirs["model"] | theirs["ema"], cfg.teacher)
+            self.model.attach_teacher(teacher.eval().requires_grad_(False), fresh=ckpt is None)
         compile_and_shard(self.model, cfg, world)
         self.names, self.params = zip(*((n, p) for n, p in self.model.named_parameters() if p.requires_grad))
         self.ema = [p.detach().clone() for p in self.params]
         self.optimizers = make_optimizers(self.model, cfg)
+        self.optimizer_of = {p: opt for opt in self.optimizers for p in opt.param_groups[0]["params"]}
         self.bad = torch.zeros((), device=world.device)         # consecutive skipped steps
         if ckpt:
-            self.restore(ckpt)
-
-    def restore(self, ckpt):
-        self.step, self.elapsed, self.skipped = ckpt["step"], ckpt["stats"]["elapsed"], ckpt["stats"]["skipped"]
-        self.sums = to_device(ckpt["sums"], self.world.device)
-        for e, name in zip(self.ema, self.names):
-            e.copy_(like(ckpt["ema"][name], e))
-        for opt, p, name in self.optimised():
-            opt.state[p] = {k: like(v, p) for k, v in ckpt["optimizer"][name].items()}
-
-    def optimised(self):
-        """(optimiser, parameter, name): states are saved by name, whatever groups the parameters are in."""
-        names = dict(zip(self.params, self.names))
-        return [(opt, p, names[p]) for opt in self.optimizers for g in opt.param_groups for p in g["params"]]
+            self.step, self.elapsed, self.skipped = ckpt["step"], ckpt["stats"]["elapsed"], ckpt["stats"]["skipped"]
+            self.sums = to_device(ckpt["sums"], world.device)
+            for name, p, e in zip(self.names, self.params, self.ema):
+                e.copy_(like(ckpt["ema"][name], e))
+                self.optimizer_of[p].state[p] = {k: like(v, p) for k, v in ckpt["optimizer"][name].items()}
 
     def save(self):
         state = dict(
             format=FORMAT, paper=self.name, config=dataclasses.asdict(self.cfg), step=self.step,
             model={k: gather(v) for k, v in self.model.state_dict().items()},
             ema={n: gather(e) for n, e in zip(self.names, self.ema)},
-            optimizer={n: {k: gather(v) for k, v in opt.state[p].items()} for opt, p, n in self.optimised()},
+            optimizer={n: {k: gather(v) for k, v in self.optimizer_of[p].state[p].items()}
+                       for n, p in zip(self.names, self.params)},
             sums={k: gather(v) for k, v in self.sums.items()}, stats=dict(elapsed=self.elapsed, skipped=self.skipped))
         if self.world.rank == 0:
             save_checkpoint(self.path, state)
@@ -1259,7 +1165,7 @@ class Run:
         """One optimiser step: forward and backward per micro-step, reduce, clip, update, average. No host sync."""
         cfg, step, seen = self.cfg, self.step, collections.defaultdict(float)
         for micro in range(cfg.accum):
-            batch = batches.get(step, micro)
+            batch = next(batches)
             reseed(cfg.seed, step, micro, self.world.rank)
             loss, metrics = self.model.loss(batch)
             (loss / cfg.accum).backward()
@@ -1292,11 +1198,10 @@ class Run:
         self.skipped += round(means.pop("skipped"))
         return {k: v / good if good else math.nan for k, v in means.items()} | {"skipped": self.skipped}
 
-    def show_samples(self, n, width, note=""):
+    def show_samples(self, n, width):
         """Print and keep n samples of the model as it is (inside `averaged`); the same seed every time."""
         ids = draw(self.model, self.corpus, n, getattr(self.model, "default_steps", 64))
-        say_samples(self.world, self.corpus, ids, width)
-        save_samples(self.out, self.world, self.step, self.corpus, ids, note)
+        say_samples(self.world, self.out, self.step, self.corpus, ids, width=width)
 
 def train(Paper, Cfg, presets, overrides, world):
     """Set up or resume a run, take its steps (log, validate, sample and save between them), and close it."""
@@ -1304,6 +1209,8 @@ def train(Paper, Cfg, presets, overrides, world):
     cfg = make_config(Cfg, presets, preset, overrides)
     if cfg.batch % (world.size * cfg.accum):
         raise UserError(f"--batch={cfg.batch} is not divisible by {world.size} ranks x {cfg.accum} micro-steps")
+    if cfg.stage == "distill" and not hasattr(Paper, "attach_teacher"):
+        raise UserError(f"--stage=distill: {name}.py has one stage only")
     if cfg.teacher:
         load_checkpoint(cfg.teacher, name)
     elif cfg.stage == "distill" and not getattr(Paper, "distils_alone", lambda cfg: False)(cfg):
@@ -1324,16 +1231,14 @@ def train(Paper, Cfg, presets, overrides, world):
     kept = [r for r in read_metrics(out) if r.get("step", 0) <= run.step and (finished or r.get("kind") != "final")]
     if world.rank == 0:                     # lines past the checkpoint are cut: no step appears twice
         write_atomic(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-    final = [r["text"] for r in kept if r["kind"] == "final"]
-    if finished and final:
-        world.say(f"finished at step {run.step}: {final[-1]}")
-        return 0
+    if final := [r["text"] for r in kept if r["kind"] == "final"]:
+        return world.say(f"finished at step {run.step}: {final[-1]}")
     return take_steps(run, flops) or finish(run)
 
 def take_steps(run, flops):
-    """The loop. Returns 128 + signal when one ended it, 0 at the last step."""
+    """The loop. Returns 128 + signal when one ended it, None at the last step."""
     cfg, world, tokens, start = run.cfg, run.world, run.cfg.batch * run.cfg.length, run.step
-    batches, stop, micro = Batches(run.corpus, cfg, world, start), Stop(world), micro_batch(cfg, world)
+    batches, stop, micro = training_batches(run.corpus, cfg, world, start), Stop(world), micro_batch(cfg, world)
     since, busy = start, 0.0                # the rate: steps since `since` and the seconds they took
     run.model.train()
     while run.step < cfg.steps:
@@ -1377,7 +1282,6 @@ def take_steps(run, flops):
             world.say(f"{signal.Signals(signum).name}: saved at step {step}; the same command goes on from there")
             run.record("event", event="stop", signal=signum)
             return 128 + signum
-    return 0
 
 def plot_curves(out, val_keys=()):
     """curves.png: training loss and validation against steps; nothing where matplotlib is not installed."""
@@ -1410,7 +1314,6 @@ def finish(run):
     if world.rank == 0:
         plot_curves(run.out, getattr(run.model, "val_keys", ()))
     world.say(f"next: python {run.name}.py sample --watch   python {run.name}.py eval   (run folder {run.out})")
-    return 0
 
 
 # --- 10. sample, eval, bench -----------------------------------------------------------------------
@@ -1422,19 +1325,19 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 @torch.no_grad()
-def score(model, corpus, world, rows, micro, split="val", seed=0, **options):
-    """Bound over `rows` sequences spread evenly over the split (0 = all), rank-sharded, at the micro-batch shape.
+def score(model, corpus, world, rows, micro, seed=0, **options):
+    """Bound over `rows` validation sequences, evenly spread (0 = all), rank-sharded, at the micro-batch shape.
 
     Returns dict(value, se, tokens, rows, <terms>): nats per counted token, standard error over sequences. A paper
     without `nll` gets the means of its `val_keys` instead. Draws depend on (seed, batch, rank): the same at every call.
     """
-    total = corpus.n_rows(split)
+    total = corpus.n_rows("val")
     n = min(rows or total, total)
     index = np.linspace(0, total - 1, n).round().astype(np.int64)
     sums = 0
     for b in range(-(-n // (micro * world.size))):      # every rank runs as many batches: collectives stay in step
         at = (b * world.size + world.rank) * micro + np.arange(micro)
-        batch = to_device(corpus.rows(split, index[at % n]), world.device)
+        batch = to_device(corpus.rows("val", index[at % n]), world.device)
         live, mask = torch.from_numpy(at < n).to(world.device).double(), batch.get("mask")
         reseed(seed, 2 ** 31, b, world.rank)
         if hasattr(model, "nll"):
@@ -1443,13 +1346,13 @@ def score(model, corpus, world, rows, micro, split="val", seed=0, **options):
         else:
             metrics = model.loss(batch | {"rows": Rows(seed, b, world.rank * micro, micro, micro * world.size)})[1]
             out, tokens = {k: metrics[k].expand(micro) for k in model.val_keys if k in metrics}, torch.ones_like(live)
-        names, nll = list(out), out.get("nll", tokens)
+        nll = out.get("nll", tokens)
         parts = [tokens, live, tokens * tokens, tokens * nll, nll * nll, *out.values()]
         sums = sums + torch.stack([(p.double() * live).sum() for p in parts])
     if world.size > 1:
         dist.all_reduce(sums)
     tokens, rows, tt, tn, nn_, *totals = sums.tolist()
-    means = {k: v / tokens for k, v in zip(names, totals)}
+    means = {k: v / tokens for k, v in zip(out, totals)}
     if "nll" not in means:
         return means | dict(rows=int(rows))
     value = means.pop("nll")
@@ -1465,7 +1368,7 @@ def draw(model, corpus, n, steps, seed=0, micro=32, length=0, known=None, known_
         known, known_mask = corpus.known(n, length, device=next(model.parameters()).device)
     for i in range(0, n, micro):
         reseed(seed, 2 ** 31 + 1, i)
-        k, m = (x if x is None else x[i:min(i + micro, n)] for x in (known, known_mask))
+        k, m = (x if x is None else x[i:i + micro] for x in (known, known_mask))
         ids = model.sample(min(micro, n - i), length, steps, known=k, known_mask=m, watch=watch, **options)
         parts.append(ids.cpu())
     return torch.cat(parts)
@@ -1476,15 +1379,16 @@ def show(corpus, ids, n_source=0):
     text = " → ".join(corpus.decode(part.tolist()) for part in parts).replace("\n", "⏎")
     return "".join(c if c.isprintable() else "·" for c in text)
 
-def say_samples(world, corpus, ids, width=None):
-    """Print samples [n, L]; those of a corpus of pairs answer its first validation sources, as `draw` gave them."""
+def say_samples(world, out, step, corpus, ids, note="", width=None):
+    """Print and keep samples [n, L]; those of a corpus of pairs answer its first validation sources, as in `draw`."""
     sources = [0] * len(ids)
     if corpus.conditional:
         sources = corpus.rows("val", np.arange(len(ids)) % corpus.n_rows("val"))["cond_len"].tolist()
     for i, (row, n_source) in enumerate(zip(ids, sources)):
         world.say(f"  sample {i + 1}| {show(corpus, row, n_source)[:width]}")
+    save_samples(world, out, step, corpus, ids, note)
 
-def save_samples(out, world, step, corpus, ids, note=""):
+def save_samples(world, out, step, corpus, ids, note):
     if world.rank == 0:
         with open(out / "samples.txt", "a") as f:
             f.writelines(f"--- step {step} {note}\n{corpus.decode(row.tolist())}\n" for row in ids)
@@ -1518,24 +1422,19 @@ def load_run(Paper, Cfg, world, out=""):
     ckpt = load_checkpoint(newest_checkpoint(out), name)
     cfg = dataclasses.replace(Cfg(**ckpt["config"]), init="", shard=False)
     corpus = load_corpus(Paper, cfg)
-    model = build(Paper, cfg, world, averaged_weights(ckpt), out / "ckpt.pt")
+    model = build(Paper, cfg, world, ckpt["model"] | ckpt["ema"], out / "ckpt.pt")
     compile_and_shard(model, cfg, world)
     return model.eval(), cfg, corpus, out, ckpt["step"]
 
-def sample(Paper, Cfg, options, world):
+def sample(Paper, Cfg, world, n, steps, length, prompt, infill, watch, seed, out, **own):
     """The `sample` verb: n texts, or with --watch the text while noise turns into words."""
-    o = dict(options)
-    n, steps, length, seed, watching = (o.pop(k) for k in ("n", "steps", "length", "seed", "watch"))
-    for key, value in (("n", n), ("steps", steps)):
-        if value < 1:
-            raise UserError(f"--{key}={value}: must be at least 1")
-    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, o.pop("out"))
-    if not 0 <= length <= cfg.length:
-        raise UserError(f"--length={length}: the model was trained at length {cfg.length}")
+    refuse(min(n, steps) < 1, f"--n={n} --steps={steps}: both must be at least 1")
+    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, out)
+    refuse(not 0 <= length <= cfg.length, f"--length={length}: the model was trained at length {cfg.length}")
     length = length or cfg.length
-    known, mask = corpus.known(n, length, o.pop("prompt"), o.pop("infill"), world.device)
+    known, mask = corpus.known(n, length, prompt, infill, world.device)
 
-    def watch(k, tokens):
+    def show_step(k, tokens):
         lines = [show(corpus, row)[:110] for row in tokens[:4].cpu()]
         if not world.live:
             return world.say(f"step {k}/{steps}| {lines[0]}")
@@ -1543,35 +1442,30 @@ def sample(Paper, Cfg, options, world):
         print(f"{up}\x1b[Kstep {k}/{steps}\n" + "".join(f"\x1b[K  {t}\n" for t in lines), end="", flush=True)
         time.sleep(0.05)                    # slow enough to see
 
-    began, watch = time.perf_counter(), watch if watching else None
-    ids = draw(model, corpus, n, steps, seed, micro_batch(cfg, world), length, known, mask, watch, **o)
+    began, watch = time.perf_counter(), show_step if watch else None
+    ids = draw(model, corpus, n, steps, seed, micro_batch(cfg, world), length, known, mask, watch, **own)
     seconds = time.perf_counter() - began
-    say_samples(world, corpus, ids)
+    note = " ".join(f"{k}={v}" for k, v in dict(steps=steps, seed=seed, **own).items())
+    say_samples(world, out, step, corpus, ids, note)
     world.say(f"{n} x {length} tokens, {steps} steps, {seconds:.1f} s: {n * length / seconds:,.0f} tok/s, "
               f"{1e3 * seconds / steps:.0f} ms/step; full text in {out / 'samples.txt'}")
-    note = " ".join(f"{k}={v}" for k, v in dict(steps=steps, seed=seed, **o).items())
-    save_samples(out, world, step, corpus, ids, note)
-    return 0
 
-def evaluate(Paper, Cfg, options, world):
+def evaluate(Paper, Cfg, world, rows, n, steps, sets, gen_ppl, seed, out, **own):
     """The `eval` verb: bound on the split and on zero-shot sets, diagnostics, generation metrics; one JSON line."""
-    o = dict(options)
-    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, o.pop("out"))
-    rows, n, steps, sets, gen, seed = (o.pop(k) for k in ("rows", "n", "steps", "sets", "gen_ppl", "seed"))
-    of_nll, of_sample = ({k: v for k, v in o.items() if k in keyword_options(f)}
+    model, cfg, corpus, out, step = load_run(Paper, Cfg, world, out)
+    of_nll, of_sample = ({k: v for k, v in own.items() if k in keyword_options(f)}
                          for f in (getattr(Paper, "nll", None), Paper.sample))
     rows, micro = rows or (64 if of_nll.get("likelihood") == "ode" else 0), micro_batch(cfg, world)
-    record, terms_only = dict(kind="eval", step=step, **o), {"value", "se", "rows", "tokens"}
+    record, no_terms = dict(kind="eval", step=step, **own), {"value", "se", "rows", "tokens"}
     for name in (cfg.data, *filter(None, sets.split(","))):
-        began, text = time.perf_counter(), corpus
-        if name != cfg.data:
-            text = data.load(name, tokenizer=cfg.tokenizer, length=cfg.length)
-            if text.tokenizer != corpus.tokenizer or text.vocab > cfg.vocab:
-                raise UserError(f"--sets={name}: its tokenizer is {text.tokenizer} (V {text.vocab}), the model's "
-                                f"{corpus.tokenizer} (V {cfg.vocab})")
+        began = time.perf_counter()
+        text = corpus if name == cfg.data else data.load(name, tokenizer=cfg.tokenizer, length=cfg.length)
+        if text.tokenizer != corpus.tokenizer or text.vocab > cfg.vocab:
+            raise UserError(f"--sets={name}: its tokenizer is {text.tokenizer} (V {text.vocab}), the model's "
+                            f"{corpus.tokenizer} (V {cfg.vocab})")
         record[f"val/{name}"] = val = score(model, text, world, rows, micro, seed=seed, **of_nll)
         world.say(f"{name}: {bound_text(val, text, model, **of_nll)} | {time.perf_counter() - began:.0f} s\n  "
-                  + "  ".join(f"{k} {v:.4f}" for k, v in val.items() if k not in terms_only))
+                  + "  ".join(f"{k} {v:.4f}" for k, v in val.items() if k not in no_terms))
     for line in model.diagnostics(corpus) if hasattr(model, "diagnostics") else ():
         world.say("  " + line)
     if n:
@@ -1579,31 +1473,29 @@ def evaluate(Paper, Cfg, options, world):
         ids = draw(model, corpus, n, steps, seed, micro, **of_sample)
         what, measure = ("pairs", corpus.pair_metrics) if corpus.conditional else ("samples", corpus.sample_metrics)
         record[what], lines = measure(ids)
-        if gen and not corpus.conditional:
+        if gen_ppl and not corpus.conditional:
             texts = [corpus.decode(row.tolist()) for row in ids]
-            record["gen_ppl"] = data.generative_perplexity(texts, gen, world.device)
-            lines.append(f"generative perplexity under {gen}: {record['gen_ppl']:.2f} (read it with the entropy above)")
+            record["gen_ppl"] = data.generative_perplexity(texts, gen_ppl, world.device)
+            lines.append(f"generative perplexity under {gen_ppl}: {record['gen_ppl']:.2f} (read it with the entropy)")
             try:
                 real = corpus.rows("val", np.arange(min(n, corpus.n_rows("val"))))["tokens"]
-                record["mauve"] = data.mauve(texts, [corpus.decode(row.tolist()) for row in real], gen)
-                lines.append(f"MAUVE against held-out text under {gen}: {record['mauve']:.3f}")
+                record["mauve"] = data.mauve(texts, [corpus.decode(row.tolist()) for row in real], gen_ppl)
+                lines.append(f"MAUVE against held-out text under {gen_ppl}: {record['mauve']:.3f}")
             except UserError as e:              # an optional package is missing
                 lines.append(f"mauve: {e}")
         world.say(f"{n} samples, {steps} steps\n  " + "\n  ".join(lines))
-        save_samples(out, world, step, corpus, ids, f"eval steps={steps}")
+        save_samples(world, out, step, corpus, ids, f"eval steps={steps}")
     if world.rank == 0:
         append_metrics(out, **record)
-    return 0
 
-def bench(Paper, Cfg, presets, overrides, options, world):
+def bench(Paper, Cfg, presets, overrides, world, iters, sample_n, sample_steps):
     """The `bench` verb: step time, tokens/s, MFU and peak memory of training and sampling on random tokens."""
     cfg, on_gpu = make_config(Cfg, presets, overrides.get("preset", "tiny"), overrides), world.device.type == "cuda"
     cfg.vocab = cfg.vocab or data.load(cfg.data, tokenizer=cfg.tokenizer, length=cfg.length).vocab
     cfg.unigram_entropy = cfg.unigram_entropy or math.log(cfg.vocab)
     run, n = Run(Paper, cfg, world, None, pathlib.Path(os.devnull)), micro_batch(cfg, world)
     tokens = torch.randint(cfg.vocab, (n, cfg.length), device=world.device)
-    rows = Rows(0, 0, world.rank * n, n, n * world.size)
-    batches = types.SimpleNamespace(get=lambda step, micro: dict(tokens=tokens, rows=rows))     # the same at every step
+    batches = itertools.repeat(dict(tokens=tokens, rows=Rows(0, 0, world.rank * n, n, n * world.size)))
     world.say(f"{run.name} preset {cfg.preset}: batch {cfg.batch} x {cfg.length}, D {cfg.d_model}, "
               f"{cfg.n_layer} blocks, V {cfg.vocab}, {count(sum(p.numel() for p in run.params))} parameters, "
               f"torch {torch.__version__}")
@@ -1617,20 +1509,19 @@ def bench(Paper, Cfg, presets, overrides, options, world):
         return (time.perf_counter() - began) / repeat
 
     # three steps to warm up; on a GPU groups of five between synchronisations
-    times = [timed(lambda: run.train_step(batches), 5 if on_gpu else 1) for _ in range(3 + options["iters"])][3:]
+    times = [timed(lambda: run.train_step(batches), 5 if on_gpu else 1) for _ in range(3 + iters)][3:]
     median, flops = float(np.median(times)), flops_per_token(run.model, cfg)
     rate = cfg.batch * cfg.length / median
     world.say(f"train   {1e3 * median:.1f} ms/step (min {1e3 * min(times):.1f})  {count(rate)} tok/s  "
               f"{flops / 1e6:.1f} MFLOP/token  {rate * flops / 1e12:.3f} TFLOP/s{mfu(rate * flops, world)}  "
               f"peak {peak_memory(world):.2f} GB")
-    n, steps = options["sample_n"], options["sample_steps"]
     run.model.eval()
     with torch.no_grad():                   # the first of the two runs compiles
-        seconds = [timed(lambda: run.model.sample(n, cfg.length, steps)) for _ in range(2)][1]
-    world.say(f"sample  {1e3 * seconds / steps:.1f} ms/step  {count(n * cfg.length / seconds)} tok/s at "
-              f"{n} x {cfg.length}, {steps} steps  {1e3 * seconds / (n * cfg.length):.2f} s per 1,000 tokens  "
+        seconds = [timed(lambda: run.model.sample(sample_n, cfg.length, sample_steps)) for _ in range(2)][1]
+    drawn = sample_n * cfg.length
+    world.say(f"sample  {1e3 * seconds / sample_steps:.1f} ms/step  {count(drawn / seconds)} tok/s at {sample_n} x "
+              f"{cfg.length}, {sample_steps} steps  {1e3 * seconds / drawn:.2f} s per 1,000 tokens  "
               f"peak {peak_memory(world):.2f} GB")
-    return 0
 
 def main(Paper, Cfg, presets, argv=None):
     """Entry point of every paper file. Exit codes: 2 user error, 3 non-finite, 128 + signal, 1 a lost rank."""
@@ -1644,16 +1535,13 @@ def run_verb(Paper, Cfg, presets, argv):
     try:
         verb, overrides, options = parse(argv, Paper, Cfg, presets)
         world = start_world()
-        if verb == "train":
-            return train(Paper, Cfg, presets, overrides, world)
-        if verb == "bench":
-            return bench(Paper, Cfg, presets, overrides, options, world)
-        return (sample if verb == "sample" else evaluate)(Paper, Cfg, options, world)
+        if verb in ("sample", "eval"):
+            return (sample if verb == "sample" else evaluate)(Paper, Cfg, world, **options)
+        return (train if verb == "train" else bench)(Paper, Cfg, presets, overrides, world, **options)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:                 # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (UserError, NonFinite, RuntimeError, OSError) as e:
         text, code = str(e), 3 if isinstance(e, NonFinite) else 2
         if isinstance(e, RuntimeError):

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib
+import itertools
 import json
 import math
 import os
@@ -161,16 +162,11 @@ def bare_run(Paper, cfg, world):
     return common.Run(Paper, cfg, world, None, pathlib.Path(os.devnull))
 
 
-class OneBatch:
-    """Stands in for common.Batches: the same random rows at every step."""
-
-    def __init__(self, cfg, world):
-        rows = common.Rows(0, 0, 0, cfg.batch // cfg.accum, cfg.batch // cfg.accum)
-        tokens = torch.randint(cfg.vocab, (rows.n_local, cfg.length), device=world.device)
-        self.batch = dict(tokens=tokens, rows=rows)
-
-    def get(self, step, micro):
-        return dict(self.batch)
+def one_batch(cfg, world):
+    """Stands in for common.training_batches: the same random rows at every step."""
+    rows = common.Rows(0, 0, 0, cfg.batch // cfg.accum, cfg.batch // cfg.accum)
+    tokens = torch.randint(cfg.vocab, (rows.n_local, cfg.length), device=world.device)
+    return itertools.repeat(dict(tokens=tokens, rows=rows))
 
 
 def seconds(f, world):
@@ -307,7 +303,7 @@ def measure(name, out, n=SAMPLES, steps=STEPS, rows=ROWS, iters=20):
         "unigram text": judged(corpus, corpus.unigram_sample(n * 8, corpus.length)),
         "uniform noise": judged(corpus, corpus.uniform_sample(n * 8, corpus.length))}
     del model
-    run, batches = bare_run(Paper, cfg, world), OneBatch(cfg, world)
+    run, batches = bare_run(Paper, cfg, world), one_batch(cfg, world)
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     times = [seconds(lambda: run.train_step(batches), world) for _ in range(3 + iters)][3:]
@@ -476,14 +472,14 @@ def plain_logits(u, W, b, skip, E, cap):
     return cap * torch.tanh(z / cap) if cap else z
 
 
-def plain_token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0, chunk=0):
+def plain_token_ce(u, W, b, targets, weight, skip=None, E=None, cap=0.0):
     """common.token_ce as one writes it first: logits [..., V], log_softmax, gather."""
     logp = plain_logits(u, W, b, skip, E, cap).log_softmax(-1)
     nll = -logp.gather(-1, targets[..., None])[..., 0]
     return (weight * nll).sum(), nll.detach()
 
 
-def plain_expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0, chunk=0):
+def plain_expected_embedding(u, W, b, values, skip=None, E=None, targets=None, cap=0.0):
     """common.expected_embedding as one writes it first."""
     logp = plain_logits(u, W, b, skip, E, cap).log_softmax(-1)
     nll = None if targets is None else -logp.gather(-1, targets[..., None])[..., 0]
@@ -545,7 +541,7 @@ def heads(argv):
     Paper, cfg, module, o = paper_config(argv, paper="langflow", iters=5, form="")
     world = common.start_world()
     forms = ["fused", "plain"] + ["vocab"] * hasattr(cfg, "noise")
-    run, batches = bare_run(Paper, cfg, world), OneBatch(cfg, world)
+    run, batches = bare_run(Paper, cfg, world), one_batch(cfg, world)
 
     def step(name):
         with form(name, module, cfg):
@@ -572,7 +568,7 @@ def compiled(argv):
     """Training steps with eager and with compiled blocks and heads, alternating."""
     Paper, cfg, _, o = paper_config(argv, paper="langflow", iters=10)
     world, bodies = common.start_world(), ("_ce_chunk", "_embed_chunk", "_embed_grad_chunk")
-    batches, runs, heads_of = OneBatch(cfg, world), {}, {}
+    batches, runs, heads_of = one_batch(cfg, world), {}, {}
     for name in ("eager", "compiled"):          # compilation replaces the chunk bodies of common's heads
         how = dataclasses.replace(cfg, compile="true" if name == "compiled" else "false")
         runs[name] = bare_run(Paper, how, world)

@@ -407,6 +407,12 @@ def saved(tmp_path_factory):
     return folder, argv
 
 
+@pytest.mark.parametrize("paper", ["langflow", "replaid", "nfdm"])
+def test_a_paper_without_a_second_stage_says_so(paper):
+    with pytest.raises(data.UserError, match=f"--stage=distill: {paper}.py has one stage only"):
+        common.train(*paper_of(paper), dict(stage="distill", preset="tiny", teacher="ckpt.pt"), common.World())
+
+
 @pytest.fixture
 def copied(saved, tmp_path):
     shutil.copytree(saved[0] / "run", tmp_path / "run")
@@ -608,7 +614,7 @@ def three_steps(paper, world, argv, steps=3, given=True, bad=None, save=""):
     losses, states = [], []
     try:
         for _ in range(steps):
-            run.train_step(common.Batches(corpus, cfg, world, run.step))
+            run.train_step(common.training_batches(corpus, cfg, world, run.step))
             losses.append(run.flush()["loss"])
             states.append({k: common.gather(v).clone() for k, v in model.state_dict().items()})
     finally:
@@ -744,8 +750,9 @@ def test_sharded_steps_equal_plain_ones_and_load_without_sharding(paper, one_and
     finally:
         torch.set_default_dtype(torch.float32)
     assert run.step == 3 and all(equal(e, ckpt["ema"][n]) for n, e in zip(run.names, run.ema))
-    for opt, p, name in run.optimised():
-        assert opt.state[p] and equal(opt.state[p], ckpt["optimizer"][name])
+    for name, p in zip(run.names, run.params):
+        state = run.optimizer_of[p].state[p]
+        assert state and equal(state, ckpt["optimizer"][name])
 
 
 @pytest.mark.slow

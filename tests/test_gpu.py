@@ -23,7 +23,7 @@ def setup(name, world, **keys):
     cfg = common.make_config(module.Config, module.PRESETS, "tiny", dict(length=32, batch=16, **keys))
     corpus = common.load_corpus(Paper, cfg)
     run = common.Run(Paper, cfg, world, corpus, pathlib.Path("/nowhere"))
-    return run, common.Batches(corpus, cfg, world, 0)
+    return run, common.training_batches(corpus, cfg, world, 0)
 
 
 class Waits(TorchDispatchMode):
@@ -51,7 +51,7 @@ ON_THE_HOST = {"langflow": {"nonzero"}, "nfdm": {"_local_scalar_dense"}}
 def test_a_loss_asks_the_host_for_nothing(name):
     run, batches = setup(name, common.World())
     with Waits() as waits:
-        run.model.loss(batches.get(0, 0))[0].backward()
+        run.model.loss(next(batches))[0].backward()
     assert waits.found <= ON_THE_HOST.get(name, set())
 
 
