@@ -1090,7 +1090,7 @@ def count(n):
 def flops_per_token(model, cfg):
     """FLOP per token of a training step: the paper's own count, or three forward passes of trunk and head."""
     if hasattr(model, "flops_per_token"):
-        return model.flops_per_token(True)
+        return model.flops_per_token()
     return 3 * trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio) + 6 * cfg.vocab * cfg.d_model
 
 def mfu(flops_per_second, world):

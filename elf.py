@@ -564,14 +564,14 @@ class ELF(nn.Module):
         """State dict of a published PyTorch checkpoint `checkpoint_<step>`: averaged weights, plain names."""
         return {k.removeprefix("_orig_mod."): v for k, v in raw.get("ema_params1", raw).items()}
 
-    def flops_per_token(self, train):
-        """FLOP per text token; in training the null pass and the token head run on their share of rows."""
+    def flops_per_token(self):
+        """FLOP per text token of a training step; null pass and token head run on their share of the rows."""
         cfg, n = self.cfg, self.cfg.length + self.n_control         # positions that the blocks see
         trunk = 2 * n / cfg.length * (sum(p.numel() for p in self.blocks.parameters())
                                       + 2 * cfg.n_layer * cfg.d_model * n)
         head = 2 * (self.proj_kernel.numel() + self.unembed_kernel.numel())
         null = (1 - cfg.decoder_prob) * cfg.self_cond_prob
-        return (3 + null) * trunk + 3 * cfg.decoder_prob * head if train else trunk
+        return (3 + null) * trunk + 3 * cfg.decoder_prob * head
 
     # Progressive distillation (v2, appendix B) -----------------------------------------------------
     def attach_teacher(self, teacher, fresh):

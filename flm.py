@@ -645,11 +645,10 @@ class FLM(nn.Module):
 
     # --- 8. diagnostics and published weights ---------------------------------------------------
 
-    def flops_per_token(self, train):
-        """Forward 1, with backward 3; FMLM's targets add one call on the diagonal, two off it (jvp: 3)."""
-        cfg, f = self.cfg, self.cfg.diagonal_fraction
-        passes = 3 if train else 1
-        if train and self.two_times:
+    def flops_per_token(self):
+        """Forward and backward: 3 passes; FMLM's targets add one on the diagonal, two off it (jvp: 3)."""
+        cfg, f, passes = self.cfg, self.cfg.diagonal_fraction, 3
+        if self.two_times:
             passes += (cfg.diagonal == "teacher") * f + (2 if cfg.objective == "semigroup" else 3) * (1 - f)
         trunk = common.trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio)
         return passes * (trunk + 2 * cfg.vocab * cfg.d_model)

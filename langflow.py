@@ -507,13 +507,13 @@ class LangFlow(nn.Module):
         nearest = torch.cdist(unit[:1000], unit).topk(2, dim=1, largest=False).values[:, 1]   # [:, 0]: itself
         return lines + [f"codebook: mean nearest-neighbour distance {nearest.mean():.3f} (0: collapsed)"]
 
-    def flops_per_token(self, train):
+    def flops_per_token(self):
         """Trunk, both products of the logits, and p E wherever an estimate is formed (2 per multiply-add)."""
         cfg = self.cfg
         trunk = common.trunk_flops(cfg.d_model, cfg.n_layer, cfg.length, cfg.mlp_ratio)
         logits = trunk + 4 * cfg.vocab * cfg.d_model
         estimate = logits + 2 * cfg.vocab * cfg.d_model
-        return 3 * logits + cfg.self_cond_prob * estimate if train else estimate
+        return 3 * logits + cfg.self_cond_prob * estimate
 
 
 if __name__ == "__main__":

@@ -546,13 +546,13 @@ class NFDM(nn.Module):
                                bias_correction=False, ns_dtype=torch.bfloat16, eps=1e-7))
         return groups
 
-    def flops_per_token(self, train):
+    def flops_per_token(self):
         c, H = self.cfg, self.cfg.fwd_dim       # training: two dual forward-net passes, 6.04 plain ones each
         net = common.trunk_flops(c.d_model, c.n_layer, c.length, c.mlp_ratio)
         net += 2 * c.d_model * (c.d_model + 2 * c.d_embed)
         plain = 6 * H * (c.d_embed + H) + c.fwd_layers * 4 * H * (2 * H + c.fwd_mlp + c.length)
         plain = plain if c.forward == "learned" else 0
-        return 3 * (net + 2 * c.vocab * c.d_embed) + 12.08 * plain if train else net + plain
+        return 3 * (net + 2 * c.vocab * c.d_embed) + 12.08 * plain
 
     # --- 7. likelihood ---------------------------------------------------------------------------
 

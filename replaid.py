@@ -459,11 +459,11 @@ class RePlaid(nn.Module):
                   (self.gamma_bounds, c.lr_bounds, decay), (self.embedding_matrix, c.lr_embed, 0.0))
         return [dict(params=list(m.parameters()), lr=lr, weight_decay=wd) for m, lr, wd in groups]
 
-    def flops_per_token(self, train):
-        """F_RePlaid of the scaling protocol; training is 3 forward passes and the self-conditioned share."""
+    def flops_per_token(self):
+        """F_RePlaid of the scaling protocol, times 3 and the self-conditioned share."""
         c = self.cfg
         share = 1 / c.self_cond_every if c.self_cond_every else 0
-        return forward_flops(c.d_model, c.n_layer, c.vocab, c.d_embed) * (3 + share if train else 1)
+        return forward_flops(c.d_model, c.n_layer, c.vocab, c.d_embed) * (3 + share)
 
     def schedule(self, t):
         """t [B] -> gamma, gamma' [B], float64."""

@@ -896,7 +896,7 @@ def test_presets_and_groups_hold_the_published_numbers():
     decay = [g["lr"] * g["weight_decay"] for g in model.param_groups()]     # network, shape, ends, embedding
     torch.testing.assert_close(torch.tensor(decay), torch.tensor([2e-5, 0, 1e-3, 0]))
     forward = 2 * (12 * 2 * 16 ** 2 + 16 * 11 + 2 * 4 * 11 + 2 * 4 * 16)
-    assert [model.flops_per_token(train) / forward for train in (False, True)] == [1, 3.25]
+    assert model.flops_per_token() / forward == 3.25
 
 
 def test_bad_input_is_one_clear_line():
