@@ -15,10 +15,9 @@ windows for training, consecutive ones for evaluation), `blocks` (rows of a fixe
 them), `rows` (documents, padded when read), `pairs` (the same; two documents, source and target, make a row).
 Units: nats, tokens, bytes.
 """
-import argparse, csv, difflib, functools, gzip, hashlib, heapq, importlib, itertools, json, lzma, math
-import multiprocessing, os, re, sys, sysconfig, tarfile, threading, time, unicodedata, urllib.request, zipfile
-import zlib
-from collections import Counter, deque
+import argparse, csv, difflib, functools, gzip, hashlib, heapq, importlib, itertools, json, lzma, math, multiprocessing
+import os, re, sys, sysconfig, tarfile, threading, time, unicodedata, urllib.request, zipfile, zlib
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,37 +42,18 @@ def optional(module, package, instead=""):
 
 # --- 1. tokenizers -----------------------------------------------------------------------------------
 
+HUB_FILES = "https://huggingface.co/{}/resolve/main/{}"
+
 class Tokenizer:
     """name, vocab, encode(text) -> ids, decode(ids) -> text; CLASS(**state) rebuilds it from plain values."""
     bos = eos = pad = None                          # ids
     stop, drop = None, ()                           # decoding ends at the first `stop` and leaves out `drop`
+    file = url = None                               # of the vocabulary, for `from_file`
 
     def decode(self, ids):
         ids = [int(i) for i in ids]
         ids = ids[:ids.index(self.stop)] if self.stop in ids else ids
         return self.text([i for i in ids if 0 <= i < self.vocab and i not in self.drop])
-
-class Chars(Tokenizer):
-    """One id per character of a table; `reserved` keeps id 0 for padding and 1 for the end."""
-    name = "char"
-
-    def __init__(self, characters, reserved=False):
-        self.characters, self.first = "".join(sorted(characters)), 2 * reserved
-        self.codes = np.array([ord(c) for c in self.characters], dtype="<u4")
-        self.vocab = self.first + len(self.codes)
-        self.state = dict(characters=self.characters, reserved=reserved)
-        if reserved:
-            self.pad, self.eos, self.stop, self.drop = 0, 1, 1, (0,)
-
-    def encode(self, text):
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        ids = np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)
-        if (unknown := self.codes[ids] != codes).any():
-            raise UserError(f"character {chr(codes[unknown.argmax()])!r} does not occur in the corpus")
-        return ids + self.first
-
-    def text(self, ids):
-        return "".join(self.characters[i - self.first] for i in ids)
 
 # GPT-2's splitting rule, for the `regex` package (a requirement of tiktoken)
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -118,32 +98,29 @@ def train_bpe(text, vocab):
     import regex
     counted = Counter(regex.findall(PIECES, text))
     pieces = [p.encode("utf-8", "replace").decode("latin-1") for p in counted]
-    times, count, where, fresh = list(counted.values()), Counter(), {}, []
+    times, count, where = list(counted.values()), Counter(), defaultdict(set)
     def tally(i, sign):
         for pair in map("".join, itertools.pairwise(pieces[i])):
             count[pair] += sign * times[i]
-            if pair not in where:
-                where[pair] = set()
-                fresh.append(pair)
             where[pair].add(i)
     for i in range(len(pieces)):
         tally(i, 1)
-    heap, tokens = [(-count[pair], pair) for pair in fresh], list(map(chr, range(256)))
+    heap, tokens = [(-n, pair) for pair, n in count.items()], list(map(chr, range(256)))
     heapq.heapify(heap)
     while len(tokens) < vocab and heap:
-        c, pair = heapq.heappop(heap)
-        if -c != count[pair]:                       # stale: comes back with its true count
+        n, pair = heapq.heappop(heap)
+        if -n != count[pair]:                       # stale: comes back with its true count
             heapq.heappush(heap, (-count[pair], pair))
             continue
-        if -c < 2:
+        if -n < 2:
             break
-        fresh.clear()
+        known = len(count)
         for i in where.pop(pair):
             tally(i, -1)
             pieces[i] = pieces[i].replace(pair, chr(len(tokens)))
             tally(i, 1)
-        for p in fresh:
-            heapq.heappush(heap, (-count[p], p))
+        for new in itertools.islice(reversed(count), len(count) - known):
+            heapq.heappush(heap, (-count[new], new))
         tokens.append("".join(tokens[ord(c)] for c in pair))
     return tokens[256:]
 
@@ -151,25 +128,32 @@ WORD = re.compile(r"""n't\b|[^\W\d_]+?(?=n't\b)|'(?:s|m|d|re|ve|ll)\b|[^\W\d_]+(
    |(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|Prof)\.|(?:[^\W\d_]\.){2,}|\d+(?:[.,:]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*|\S""", re.X)
 
 class Words(Tokenizer):
-    """A closed vocabulary; text is split at spaces, or by WORD where an id `unk` stands for all other words.
+    """A closed vocabulary of words or, when it is named "char", of characters; `unk` stands for all others.
 
-    WORD approximates spaCy's blank English tokenizer: contractions and punctuation, not its exception table.
+    With unk, words are found by WORD, which approximates spaCy's blank English tokenizer (contractions and
+    punctuation, not its exception table); without, text is split at spaces.
     """
 
     def __init__(self, words, bos=None, eos=None, unk=None, pad=None, name="word"):
-        self.state = dict(words=list(words), bos=bos, eos=eos, unk=unk, pad=pad)
+        self.state = dict(words=list(words), bos=bos, eos=eos, unk=unk, pad=pad, name=name)
         self.name, self.words, self.vocab = name, list(words), len(words)
         self.bos, self.eos, self.unk, self.pad, self.stop, self.drop = bos, eos, unk, pad, eos, (bos, pad)
         self.ids = {w: i for i, w in enumerate(self.words)}
 
     def encode(self, text):
-        words = text.split() if self.unk is None else WORD.findall(text)
-        if self.unk is None and (missing := [w for w in words if w not in self.ids]):
-            raise UserError(f"word {missing[0]!r} is not among the {self.vocab} words of {self.name}")
-        return np.array([self.ids.get(w, self.unk) for w in words], dtype=np.int64)
+        words = text if self.name == "char" else text.split() if self.unk is None else WORD.findall(text)
+        if self.unk is None and (unknown := set(words) - self.ids.keys()):
+            raise UserError(f"{min(unknown)!r} does not occur in the corpus (tokenizer {self.name})")
+        return np.fromiter((self.ids.get(w, self.unk) for w in words), dtype=np.int64)
 
     def text(self, ids):
-        return " ".join(self.words[i] for i in ids)
+        return ("" if self.name == "char" else " ").join(self.words[i] for i in ids)
+
+def characters(text, reserved=False):
+    """The characters of a text, or of a set; `reserved` keeps id 0 for padding and 1 for the end."""
+    if reserved:
+        return Words(["<pad>", "<end>", *sorted(set(text))], pad=0, eos=1, name="char")
+    return Words(sorted(set(text)), name="char")
 
 def train_words(texts, more_than=10):
     """NFDM's vocabulary: START, END, UNK, PAD, then words seen more than 10 times as they come up."""
@@ -186,6 +170,7 @@ BERT_WORD = rf"[{BERT_ALONE}]|[^\s{BERT_ALONE}]+"
 class WordPiece(Tokenizer):
     """bert-base-uncased. bos = eos = [CLS]: the Duo line packs LM1B so."""
     name, bos, eos, pad, sep, drop = "bert-base-uncased", 101, 101, 0, 102, (0,)
+    file, url = "bert-base-uncased-vocab.txt", HUB_FILES.format("google-bert/bert-base-uncased", "vocab.txt")
 
     def __init__(self, pieces):
         self.pieces, self.vocab, self.state = pieces, len(pieces), dict(pieces=pieces)
@@ -196,8 +181,7 @@ class WordPiece(Tokenizer):
     def from_file(cls, path):
         """From vocab.txt, a piece on every line."""
         pieces = contents(path).decode("utf-8", "replace").splitlines()
-        refuse(pieces[101:102] != ["[CLS]"],
-               f"{path} is not the vocabulary of bert-base-uncased: line 102 should be [CLS]")
+        refuse(pieces[101:102] != ["[CLS]"], f"{path} is not the vocabulary of {cls.name}: line 102 is not [CLS]")
         return cls(pieces)
 
     def longest_matches(self, word):
@@ -226,6 +210,7 @@ class WordPiece(Tokenizer):
 class Unigram(Tokenizer):
     """T5's sentencepiece model: 32,000 pieces, and 100 sentinels that text never uses."""
     name, eos, pad, unk, stop, drop = "t5", 1, 0, 2, 1, (0, 2)
+    file, url = "t5-spiece.model", HUB_FILES.format("google-t5/t5-small", "spiece.model")
 
     def __init__(self, pieces, scores):
         self.pieces, self.vocab, self.state = pieces, len(pieces) + 100, dict(pieces=pieces, scores=scores)
@@ -269,17 +254,12 @@ class Unigram(Tokenizer):
     def text(self, ids):
         return "".join(self.pieces[i] for i in ids if i < len(self.pieces)).replace("\u2581", " ").strip()
 
-HUB_FILES = "https://huggingface.co/{}/resolve/main/{}"
-VOCABULARIES = {        # tokenizers that are read from a vocabulary file: (class, file name, URL)
-    "bert-base-uncased": (WordPiece, "bert-base-uncased-vocab.txt",
-                          HUB_FILES.format("google-bert/bert-base-uncased", "vocab.txt")),
-    "t5": (Unigram, "t5-spiece.model", HUB_FILES.format("google-t5/t5-small", "spiece.model"))}
-CLASSES = {"char": Chars, "word": Words, "bert-base-uncased": WordPiece, "t5": Unigram}     # BPE: all others
+CLASSES = {"char": Words, "word": Words, "bert-base-uncased": WordPiece, "t5": Unigram}     # BPE: all others
 
 def make_tokenizer(name, text, reserved=False):
     """Tokenizer for raw text: char (table from the text), byte, bpeN (trained on the text) or gpt2."""
     if name == "char":
-        return Chars(set(text), reserved)
+        return characters(text, reserved)
     if re.fullmatch(r"bpe\d{3,5}", name) and 257 <= int(name[3:]) <= 60000:
         return BPE(name, train_bpe(text, int(name[3:])), reserved)
     refuse(name not in ("byte", "gpt2"),
@@ -326,19 +306,21 @@ def opened(part):
     """An array itself, or a fresh memmap of a file: a long-lived one would grow the resident memory."""
     return np.memmap(part[0], "<u2", "r", part[1], (part[2],)) if isinstance(part, tuple) else part
 
+@functools.lru_cache(1)
+def shuffled(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
 class Corpus:
     """Rows of `length` token ids from one tokenizer, in splits "train", "val" (and "test")."""
     FIT_TOKENS = 4_000_000      # as many training tokens are counted at most: bounds time and memory
 
-    def __init__(self, name, tok, length, layout, splits, pad=None, has_mask=False, max_source=0,
-                 entropy=None):
-        """pad: id that fills rows and pairs; max_source: tokens of a source that are kept; entropy: where it
-        is known, of a row, in nats."""
+    def __init__(self, name, tok, length, layout, splits, has_mask=False, max_source=0, entropy=None):
+        """max_source: tokens of a source that are kept (0: half of length); entropy: of a row, nats, if known."""
         self.name, self.tok, self.length, self.layout, self.splits = name, tok, length, layout, splits
-        self.pad, self.has_mask, self.max_source, self.entropy = pad, has_mask, max_source, entropy
         self.tokenizer, self.vocab, self.conditional = tok.name, tok.vocab, layout == "pairs"
+        self.max_source, self.has_mask, self.entropy = max_source or length // 2, has_mask or self.conditional, entropy
         self.special = dict(bos=tok.bos, eos=tok.eos, pad=tok.pad)
-        self._order, self._fitted = (None, None), {}
+        self._fitted = {}
         for k, s in splits.items():
             refuse(self.n_rows(k) == 0, f"corpus {name}: split {k} has {len(s):,} tokens, less than one row "
                                         f"of {length}; give more text or a smaller --length")
@@ -354,8 +336,7 @@ class Corpus:
         return self.tok.decode(ids)
 
     def split(self, name):
-        refuse(name not in self.splits,
-               f"corpus {self.name} has no split {name!r}, only {', '.join(self.splits)}")
+        refuse(name not in self.splits, f"corpus {self.name} has no split {name!r}, only {', '.join(self.splits)}")
         return self.splits[name]
 
     def n_rows(self, split):
@@ -368,13 +349,12 @@ class Corpus:
         padding_counts = s.ends is not None and not self.has_mask
         return s.bytes / (self.n_rows(split) * self.length if padding_counts else len(s))
 
-    def _lengths(self, s, index):
-        """(condition, condition + target) lengths [n] of documents after truncation to max_source, length."""
-        if not self.conditional:
-            return 0 * index, np.minimum(s.ends[index + 1] - s.ends[index], self.length)
-        source, target = (s.ends[i + 1] - s.ends[i] for i in (2 * index, 2 * index + 1))
-        cond = np.minimum(source, self.max_source)
-        return cond, np.minimum(cond + target, self.length)
+    def _documents(self, s, index):
+        """Of documents: where source and target start; what is kept of the source, and of both, [n] each."""
+        at = (1 + self.conditional) * index
+        source, target, end = s.ends[at], s.ends[at + self.conditional], s.ends[at + self.conditional + 1]
+        cond = np.minimum(target - source, self.max_source)             # 0 without a source
+        return source, target, cond, np.minimum(cond + end - target, self.length)
 
     def _windows(self, s, starts):
         """Windows [n, length] from these positions on; one that would leave its file begins earlier."""
@@ -392,12 +372,12 @@ class Corpus:
         s, index = self.split(split), np.asarray(indices, dtype=np.int64)
         if s.ends is None:
             return self._windows(s, index * self.length)
-        cond, total = self._lengths(s, index)
-        tokens, ids = np.full((len(index), self.length), self.pad, dtype=np.int64), opened(s.parts[0])
-        for row, i, c, n in zip(tokens, index, cond, total):
-            source, target = s.ends[2 * i:2 * i + 2] if self.conditional else (0, s.ends[i])
-            row[:c], row[c:n] = ids[source:source + c], ids[target:target + n - c]
-        out = dict(tokens=torch.from_numpy(tokens))
+        pad = self.tok.eos if self.conditional else self.tok.pad        # pairs: ELF's convention
+        tokens, ids = torch.full((len(index), self.length), pad, dtype=torch.int64), opened(s.parts[0])
+        source, target, cond, total = self._documents(s, index)
+        for row, a, b, c, n in zip(tokens.numpy(), source, target, cond, total):
+            row[:c], row[c:n] = ids[a:a + c], ids[b:b + n - c]
+        out = dict(tokens=tokens)
         if self.has_mask:
             out["mask"] = torch.from_numpy(np.arange(self.length) < total[:, None])
         return out | (dict(cond_len=torch.from_numpy(cond)) if self.conditional else {})
@@ -408,20 +388,15 @@ class Corpus:
         A stream gives random windows; blocks and documents come in a seeded order, another one in each epoch.
         Padded corpora add global_len and global_cond [n_global], so that denominators can be global.
         """
-        s = self.split("train")
+        s, n = self.split("train"), self.n_rows("train")
         if self.layout == "stream":
             starts = np.random.default_rng([seed, step]).integers(0, len(s) - self.length + 1, n_global)
             return self._windows(s, starts[first:first + n_local])
-        epoch, at = np.divmod(step * n_global + np.arange(n_global), self.n_rows("train"))
-        index = np.empty_like(at)
-        for e in np.unique(epoch).tolist():
-            if self._order[0] != (seed, e):
-                order = np.random.default_rng([seed, e]).permutation(self.n_rows("train"))
-                self._order = (seed, e), order
-            index[epoch == e] = self._order[1][at[epoch == e]]
+        places = (divmod(i, n) for i in range(step * n_global, (step + 1) * n_global))
+        index = np.array([shuffled(n, seed, epoch)[at] for epoch, at in places])
         batch = self.rows("train", index[first:first + n_local])
         if self.has_mask:
-            cond, total = self._lengths(s, index)
+            cond, total = self._documents(s, index)[2:]
             batch.update(global_len=torch.from_numpy(total), global_cond=torch.from_numpy(cond))
         return batch
 
@@ -466,11 +441,11 @@ class Corpus:
     def known(self, n, length, prompt="", infill="", device=None):
         """(known ids [n, length], mask [n, length]): a prompt at the start, the parts of "a ___ b" spread
         over the row, or the first n validation sources of a corpus of pairs; (None, None) without any."""
-        if self.conditional and not (prompt or infill):
+        if not (prompt or infill or self.conditional):
+            return None, None
+        if not (prompt or infill):
             rows = self.rows("val", np.arange(n) % self.n_rows("val"))
             return rows["tokens"].to(device), (torch.arange(length) < rows["cond_len"][:, None]).to(device)
-        if not (prompt or infill):
-            return None, None
         parts = [self.encode(p) for p in (prompt + "___" if prompt else infill).split("___")]
         gaps, room = len(parts) - 1, length - sum(map(len, parts))
         refuse(gaps == 0, f"--infill={infill!r} has no gap: mark it with ___")
@@ -487,26 +462,24 @@ class Corpus:
         held_out = self.rows(split, np.arange(min(n, self.n_rows(split))))["tokens"]
         rows = {"samples": ids, "held-out text": held_out, "unigram text": self.unigram_sample(n, length),
                 "uniform noise": self.uniform_sample(n, length)}
-        measures = dict(judge_nll=self.judge().nll, entropy=entropy, distinct2=lambda v: distinct_n(v, 2),
-                        words_in_corpus=self.known_words, copied_8grams=self.copied)
-        table = {k: {name: float(f(v)) for name, f in measures.items()} for k, v in rows.items()}
+        table = {k: dict(judge_nll=float(self.judge().nll(v)), entropy=entropy(v), distinct2=distinct_n(v, 2),
+                         words_in_corpus=self.known_words(v), copied_8grams=self.copied(v)) for k, v in rows.items()}
         lines = [f"{'':16}judge nats/token  entropy (nats)  distinct 2-gram  words in corpus  copied 8-grams"]
-        for k, (a, b, c, d, e) in ((k, v.values()) for k, v in table.items()):
-            lines.append(f"{k:14}{a:18.3f}{b:16.3f}{c:18.3f}{d:17.3f}{e:16.3f}")
+        for k, v in table.items():
+            lines.append("{:14}{:18.3f}{:16.3f}{:18.3f}{:17.3f}{:16.3f}".format(k, *v.values()))
         return table, lines
 
     def known_words(self, ids):
         """Share of the words of samples (but the outer two, perhaps cut) that occur in the training text."""
         def words(rows):
-            return (w for r in rows for w in re.findall(r"\w{2,}", self.decode(r).lower())[1:-1])
-        vocabulary = self.fitted("words", lambda rows: set(words(rows)))
-        found = [w in vocabulary for w in words(ids)]
-        return sum(found) / max(len(found), 1)
+            return [w for r in rows for w in re.findall(r"\w{2,}", self.decode(r).lower())[1:-1]]
+        vocabulary, found = self.fitted("words", lambda rows: set(words(rows))), words(ids)
+        return sum(w in vocabulary for w in found) / max(len(found), 1)
 
     def copied(self, ids, n=8):
         """Share of the n-grams of samples that occur in the training rows."""
         own, known = grams(ids, n), self.fitted(f"{n}-grams", lambda rows: np.unique(grams(rows, n)))
-        return np.isin(own, known).sum() / max(own.size, 1)
+        return float(np.isin(own, known).sum() / max(own.size, 1))
 
     def pair_metrics(self, ids):
         """({name: value}, printable lines) of generated rows [n, L] for the first n validation pairs."""
@@ -550,24 +523,24 @@ def prose_text():
             kept.setdefault(p.lower(), p)
     return tuple("\n\n".join(p for p in kept.values() if held_out(p) == side) for side in (False, True))
 
-def in_memory(name, tok, texts, length, layout="stream", max_source=0):
-    """Corpus of {split: texts}; of pairs: source, target, source, ..., padded with EOS (ELF's convention)."""
-    splits, pairs = {}, layout == "pairs"
-    for k, items in texts.items():
-        ids = [tok.encode(text).astype("<u2") for text in items]
-        size = sum(len(text.encode("utf-8", "replace")) for text in items)
-        splits[k] = Split([np.concatenate(ids)], size, np.cumsum([0, *map(len, ids)]) if pairs else None)
-    return Corpus(name, tok, length, layout, splits, tok.eos, pairs, max_source or length // 2)
+def tokenize(documents, tok, clean=str, before=(), after=()):
+    """(ids of the documents, of a pair both; number of ids of each text; bytes of all detokenised texts)."""
+    texts = [clean(t) for d in documents for t in ([d] if isinstance(d, str) else d)]
+    ids = [np.concatenate([before, tok.encode(t), after]).astype("<u2") for t in texts]
+    return np.concatenate(ids), [*map(len, ids)], sum(len(t.encode("utf-8", "replace")) for t in texts)
+
+def in_memory(name, tok, documents, length, layout="stream", max_source=0):
+    """Corpus of {split: [text or, in the layout `pairs`, (source, target)]}."""
+    splits = {}
+    for k, items in documents.items():
+        ids, count, size = tokenize(items, tok)
+        splits[k] = Split([ids], size, np.cumsum([0, *count]) if layout == "pairs" else None)
+    return Corpus(name, tok, length, layout, splits, max_source=max_source)
 
 def from_text(name, train, val, tokenizer, length):
     """Stream corpus from two strings; a trained BPE sees the training text only."""
     tok = make_tokenizer(tokenizer, train + val if tokenizer == "char" else train)
     return in_memory(name, tok, dict(train=[train], val=[val]), length)
-
-def from_pairs(name, pairs, tok, length, max_source):
-    """Corpus of {split: [(source, target)]}."""
-    texts = {k: list(itertools.chain(*items)) for k, items in pairs.items()}
-    return in_memory(name, tok, texts, length, "pairs", max_source)
 
 def read_text(path):
     """The text of a file, or of all text files of a folder in sorted order."""
@@ -588,25 +561,26 @@ def read_text(path):
 def pairs_file(path, tokenizer, length, max_source):
     """FILE.tsv: one source TAB target a line; a tenth of the sources (by crc32) is validation."""
     pairs = []
-    for n, fields in enumerate((line.split("\t") for line in read_text(path).split("\n")), 1):
-        if fields != [""]:
-            refuse(len(fields) != 2, f"{path} line {n}: {len(fields) - 1} tabs, expected source TAB target")
-            for side, text in zip(("source", "target"), fields):
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        if line:
+            pair = line.split("\t")
+            refuse(len(pair) != 2, f"{path} line {n}: {len(pair) - 1} tabs, expected source TAB target")
+            for side, text in zip(("source", "target"), pair):
                 refuse(not text.strip(), f"{path} line {n}: the {side} is empty")
-            pairs.append(fields)
+            pairs.append(pair)
     sources = sorted({source for source, _ in pairs}, key=lambda s: zlib.crc32(s.encode()))
     refuse(len(sources) < 2, f"{path} holds one source; at least 2 are needed, one of them for validation")
     val = set(sources[:max(len(sources) // 10, 1)])
     sides = {k: [p for p in pairs if (p[0] in val) == (k == "val")] for k in ("train", "val")}
     tok = make_tokenizer(tokenizer, "".join(itertools.chain(*pairs)), reserved=True)
-    return from_pairs(path.name, sides, tok, length, max_source)
+    return in_memory(path.name, tok, sides, length, "pairs", max_source)
 
 def reverse_corpus(length, max_source, n=20_000):
     """A conditional task that a CPU can learn: the target is the source (4 to 10 letters) backwards."""
     rng, letters, sides = np.random.default_rng(7), "abcdefghijklmnopqrstuvwxyz", {"train": [], "val": []}
     for word in sorted({"".join(letters[i] for i in rng.integers(0, 26, k)) for k in rng.integers(4, 11, n)}):
         sides["val" if held_out(word) else "train"].append((word, word[::-1]))
-    return from_pairs("reverse", sides, Chars(letters, reserved=True), length, max_source)
+    return in_memory("reverse", characters(letters, reserved=True), sides, length, "pairs", max_source)
 
 def row_corpus(name, words, draw, entropy, n):
     """Corpus of known entropy (nats per row): draw(n, seed) -> ids [n, L]; 4,096 rows are held out."""
@@ -617,8 +591,9 @@ def row_corpus(name, words, draw, entropy, n):
 def markov(V=8, L=6, seed=0, n=100_000):
     """A Markov source of known entropy (corpus.entropy, nats per row); corpus.chain: (start, transitions)."""
     pi, P = markov_chain(V, seed)
-    corpus = row_corpus(f"markov{V}", [f"s{i}" for i in range(V)],
-                        lambda n, s: markov_sample(pi, P, n, L, [seed, s]), markov_entropy(pi, P, L), n)
+    def draw(n, s):
+        return markov_sample(pi, P, n, L, [seed, s])
+    corpus = row_corpus(f"markov{V}", [f"s{i}" for i in range(V)], draw, markov_entropy(pi, P, L), n)
     corpus.chain = pi, P
     return corpus
 
@@ -626,8 +601,9 @@ def newdiego(length=2, n=100_000):
     """Two dependent tokens: New York .45, San Diego .45, New Diego .10: no single factorised step does it."""
     refuse(length != 2, f"newdiego has rows of two tokens: --length=2, not {length}")
     rows, p = np.array([[0, 1], [2, 3], [0, 3]]), np.array([.45, .45, .10])
-    return row_corpus("newdiego", ["New", "York", "San", "Diego"], lambda n, seed: rows[
-        np.random.default_rng([11, seed]).choice(3, n, p=p)], nats(p), n)
+    def draw(n, seed):
+        return rows[np.random.default_rng([11, seed]).choice(3, n, p=p)]
+    return row_corpus("newdiego", ["New", "York", "San", "Diego"], draw, nats(p), n)
 
 SHARD = 20240520        # first number of the 1,024-byte header that some files of GPT-2 ids have
 
@@ -795,30 +771,36 @@ def live(text, end=False):
     elif end:
         print(text, flush=True)
 
-def unpacked(raw):
-    """Binary stream of what an open .xz or .gz file (or any other) holds."""
-    return lzma.open(raw) if raw.name.endswith(".xz") else gzip.open(raw) if raw.name.endswith(".gz") else raw
+@contextmanager
+def saved(path, go_on=False):
+    """A file to write, from its end on or anew; on the disk when this ends."""
+    with open(path, "ab" if go_on else "wb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+
+@contextmanager
+def reading(path):
+    """(the open file, binary stream of what it holds if it is .xz or .gz); damage is told by the file's name."""
+    unpack = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix)
+    try:
+        with open(path, "rb") as raw:
+            yield raw, unpack(raw) if unpack else raw
+    except (EOFError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile,
+            LookupError, ValueError, TypeError, csv.Error) as e:
+        raise UserError(f"{path} is truncated or damaged ({type(e).__name__}: {e}); get it again") from e
 
 def contents(path):
-    with told_by_name(path), open(path, "rb") as raw:
-        return unpacked(raw).read()
+    with reading(path) as (_, stream):
+        return stream.read()
 
 def digest(path, unpack=False):
     """sha256 of a file, or of what a packed one holds."""
     h = hashlib.sha256()
-    with told_by_name(path), open(path, "rb") as raw:
-        stream = unpacked(raw) if unpack else raw
-        while block := stream.read(1 << 20):
+    with reading(path) as streams:
+        while block := streams[unpack].read(1 << 20):
             h.update(block)
     return h.hexdigest()
-
-@contextmanager
-def told_by_name(path):
-    try:
-        yield
-    except (EOFError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile,
-            LookupError, ValueError, TypeError, csv.Error) as e:
-        raise UserError(f"{path} is truncated or damaged ({type(e).__name__}: {e}); get it again") from e
 
 def download(url, path, sha256=None):
     """Fetch url to path: into path.part, from where an interrupted one goes on, then checked and renamed."""
@@ -826,24 +808,19 @@ def download(url, path, sha256=None):
     done = have = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as reply, \
-                open(part, {200: "wb", 206: "ab"}[reply.status]) as f:
+        with urllib.request.urlopen(request, timeout=60) as reply, saved(part, reply.status == 206) as f:
             done = f.tell()
             total = done + int(reply.headers.get("Content-Length") or 0)
             while block := reply.read(1 << 20):
-                f.write(block)
-                done += len(block)
+                done += f.write(block)
                 rate = (done - have) / (time.time() - start + 1e-9)
                 live(f"{path.name}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {rate / 1e6:.1f} MB/s  "
                      f"eta {(total - done) / rate:,.0f}s")
-            f.flush()
-            os.fsync(f.fileno())
     except OSError as e:        # no network, time-out, an HTTP error; 416: all of it is there already
         if getattr(e, "code", None) != 416:
             raise UserError(f"download of {url} failed ({e}); the same command goes on from {done:,} bytes; "
                             "or get the file by other means") from e
-    refuse(done < total,
-           f"download of {url} stopped at {done:,} of {total:,} bytes; the same command goes on")
+    refuse(done < total, f"download of {url} stopped at {done:,} of {total:,} bytes; the same command goes on")
     if sha256 and digest(part) != sha256:
         part.unlink()
         raise UserError(f"{url} has a wrong checksum (sha256, not {sha256[:16]}...): deleted, try again")
@@ -860,19 +837,17 @@ class Files:
     @functools.cache
     def find(self, name, url=""):
         """Path of the file of that name, or None; a known checksum is checked."""
-        if self.folder:
-            places = (self.folder / sub / (name + end) for sub in ("", self.name, "tokenizers")
-                      for end in ("", ".xz", ".gz"))
-            path = next((p for p in places if p.is_file()), None)
-            if path and self.check and name in SHA256:
-                refuse(digest(path, unpack=path.name != name) != SHA256[name],
-                       f"{path} is not the published {name} (sha256, not {SHA256[name][:16]}...); get it "
-                       "again, or pass --check=false to take it as it is")
-            return path
-        path = self.cache / (name + ".gz" * (url.endswith(".gz") and not name.endswith(".gz")))
-        if url and not path.is_file():
+        folders = [self.folder / sub for sub in ("", self.name, "tokenizers")] if self.folder else [self.cache]
+        places = (folder / (name + end) for folder in folders for end in ("", ".xz", ".gz"))
+        path = next((p for p in places if p.is_file()), None)
+        if path and self.folder and self.check and name in SHA256:
+            refuse(digest(path, unpack=path.name != name) != SHA256[name],
+                   f"{path} is not the published {name} (sha256, not {SHA256[name][:16]}...); get it "
+                   "again, or pass --check=false to take it as it is")
+        if not path and url and not self.folder:
+            path = self.cache / (name + ".gz" * (url.endswith(".gz") and not name.endswith(".gz")))
             download(url.format(name), path, SHA256.get(name))
-        return path if path.is_file() else None
+        return path
 
     def read(self, split):
         """Iterator over the texts or (source, target) pairs of a split; None where it is absent."""
@@ -891,27 +866,22 @@ class Files:
         dataset, configuration, splits = recipe.hub
         if self.folder or split not in splits:
             return None
-        instead = f"; or pass --from=FOLDER with {recipe.files}"
-        load_dataset = optional("datasets", "datasets", instead).load_dataset
+        load_dataset = optional("datasets", "datasets", f"; or pass --from=FOLDER with {recipe.files}").load_dataset
         return map(recipe.pick, load_dataset(dataset, configuration, split=splits[split]))
 
     def rows(self, path, member):
         """What the recipe picks of each row of a file, or of an archive's members that match `member`."""
-        with told_by_name(path), open(path, "rb") as self.raw:
-            self.size, stream = path.stat().st_size, unpacked(self.raw)
+        with reading(path) as (self.raw, stream):
+            self.size, streams = path.stat().st_size, [stream]
             if path.suffix == ".zip":
-                archive = zipfile.ZipFile(self.raw)
+                archive = zipfile.ZipFile(stream)
                 streams = (archive.open(n) for n in archive.namelist() if re.search(member, n))
             elif path.name.endswith(".tar.gz"):
                 archive = tarfile.open(fileobj=stream, mode="r|")
-                streams = (archive.extractfile(i) for i in archive
-                           if re.search(member, i.name) and i.isfile())
-            else:
-                streams = (stream,)
-            kind = Path((member or path.name).removesuffix(".xz").removesuffix(".gz")).suffix
+                streams = (archive.extractfile(i) for i in archive if re.search(member, i.name) and i.isfile())
             lines = (line.decode() for s in streams for line in s)
-            parse = {".csv": csv.reader, ".json": functools.partial(map, json.loads)}
-            rows = parse.get(kind.removesuffix("l"), iter)(lines)
+            kind = member or path.name
+            rows = csv.reader(lines) if ".csv" in kind else map(json.loads, lines) if ".json" in kind else lines
             yield from (value for row in rows if (value := self.recipe.pick(row)) is not None)
 
     def fraction(self):
@@ -934,21 +904,18 @@ def parts(rows, start, stop):
 
 SPLITS = ("train", "val", "test")
 BATCH = 1000            # the published packing drops what is left of every 1,000 documents
-job = None              # of a worker process: tokenizer, detokeniser, ids before and after every document
+job = None              # of a worker process: what it does to a batch of documents
 
 def start_worker(tokenizer, state, detokenizer, before, after):
     """Set-up of a worker process, which ends when its parent is gone."""
     global job
-    job = CLASSES.get(tokenizer, BPE)(**state), DETOKENIZERS[detokenizer], before, after
+    tok, clean = CLASSES.get(tokenizer, BPE)(**state), DETOKENIZERS[detokenizer]
+    job = functools.partial(tokenize, tok=tok, clean=clean, before=before, after=after)
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
-def tokenize(documents):
-    """(ids of the documents, of a pair both; number of ids of each text; bytes of all detokenised texts)."""
-    tok, clean, before, after = job
-    texts = [clean(t) for d in documents for t in ([d] if isinstance(d, str) else d)]
-    ids = [np.concatenate([before, tok.encode(t), after]).astype("<u2") for t in texts]
-    return np.concatenate(ids), [*map(len, ids)], sum(len(t.encode("utf-8", "replace")) for t in texts)
+def work_on(documents):
+    return job(documents)
 
 def tokenized(documents, batch, work, workers):
     """tokenize over batches of documents, in order, on all cores, with about 128 MB of text under way."""
@@ -956,12 +923,12 @@ def tokenized(documents, batch, work, workers):
     batches = iter(lambda: list(itertools.islice(documents, batch)), [])
     if workers == 1:
         start_worker(*work)
-        yield from map(tokenize, batches)
+        yield from map(work_on, batches)
         return
     with ProcessPoolExecutor(workers, initializer=start_worker, initargs=work) as pool:
         queue = deque()                             # (result to come, characters)
         for texts in batches:
-            queue.append((pool.submit(tokenize, texts), sum(map(len, map("".join, texts)))))
+            queue.append((pool.submit(work_on, texts), sum(map(len, map("".join, texts)))))
             while len(queue) > 3 * workers or sum(size for _, size in queue) > 128e6:
                 yield queue.popleft()[0].result()
         yield from (result.result() for result, _ in queue)
@@ -973,59 +940,50 @@ def pack(ids, length, bos, eos):
     blocks[:, 0], blocks[:, -1], blocks[:, 1:-1] = bos, eos, ids[:n * (length - 2)].reshape(n, length - 2)
     return blocks, ids[n * (length - 2):]
 
-@contextmanager
-def saved(path):
-    """A file to write, on the disk when this ends."""
-    with open(path, "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-
 def write_split(stem, split, results, files, plan):
     """Write STEM_SPLIT.bin (for documents and pairs, their ends in .idx too); its entry in the meta file."""
-    size, ends = Counter(documents=0, tokens=0, blocks=0, ids=0, bytes_of_text=0), [[0]]
+    size, ends = Counter(documents=0, tokens=0, blocks=0, bytes_of_text=0), [[0]]
     sha256, left, began = hashlib.sha256(), np.zeros(0, dtype="<u2"), time.time()
-    pairs = plan["layout"] == "pairs"
     def status():
         done, text, seconds = files.fraction(), size["bytes_of_text"] / 1e6, time.time() - began + 1e-9
-        return (f"{split}  {size['documents']:,} documents  {size['tokens']:,} tokens  "
-                + f"{size['blocks']:,} blocks  {text:.2f} MB  {text / seconds:.2f} MB/s"
+        return (f"{split}  {size['documents']:,} documents  {size['tokens']:,} tokens  {size['blocks']:,} blocks  "
+                f"{text:.2f} MB  {text / seconds:.2f} MB/s"
                 + (f"  {done:.0%}  eta {seconds * (1 - done) / done:,.0f}s" if 0 < done < 1 else ""))
     with saved(f"{stem}_{split}.bin") as f:
         for ids, count, text in results:
             ends.append(size["tokens"] + np.cumsum(count))
-            size.update(documents=len(count) // (1 + pairs), tokens=len(ids), bytes_of_text=text)
+            documents = len(count) // (1 + (plan["layout"] == "pairs"))
+            size.update(documents=documents, tokens=len(ids), bytes_of_text=text)
             if plan["layout"] == "blocks":          # `compat` drops the rest of a batch, `global` keeps it
                 ids = np.concatenate([left, ids]) if plan["packing"] == "global" else ids
                 ids, left = pack(ids, plan["length"], plan["bos"], plan["eos"])
                 size["blocks"] += len(ids)
             f.write(ids)
             sha256.update(ids)
-            size["ids"] += ids.size
             live(status())
-    if pairs or plan["layout"] == "rows":
+    if plan["layout"] in ("rows", "pairs"):
         with saved(f"{stem}_{split}.idx") as f:
             f.write(np.concatenate(ends).astype("<i8"))
     live(status(), end=True)
     return dict(size, sha256=sha256.hexdigest())
 
-def choose_tokenizer(files, tokenizer, found, reserved):
+def choose_tokenizer(files, name, found, reserved):
     """The tokenizer by name: from a vocabulary file, or trained on the splits that were found."""
     def texts(splits):
         for split in splits:
             yield from (" ".join(t) if isinstance(t, tuple) else t for t in files.read(split))
-    if tokenizer in VOCABULARIES:
-        cls, file, url = VOCABULARIES[tokenizer]
-        path = files.find(file, url)
-        refuse(path is None, f"tokenizer {tokenizer} needs {file} in --from=FOLDER (it is at {url})")
+    cls, text = CLASSES.get(name, BPE), ""
+    if cls.file:
+        path = files.find(cls.file, cls.url)
+        refuse(path is None, f"tokenizer {name} needs {cls.file} in --from=FOLDER (it is at {cls.url})")
         return cls.from_file(path)
-    if tokenizer == "word":
+    if name == "word":
         return train_words(texts(found[:1]))
-    if tokenizer == "char":
-        text8 = set(" abcdefghijklmnopqrstuvwxyz")
-        return Chars(text8 if files.name == "text8" else set().union(*texts(found)), reserved)
-    sample = "".join(itertools.islice(texts(found[:1]), 20_000)) if tokenizer.startswith("bpe") else ""
-    return make_tokenizer(tokenizer, sample[:20_000_000], reserved)
+    if name == "char":                              # `make_tokenizer` takes no more than the characters from it
+        text = " abcdefghijklmnopqrstuvwxyz" if files.name == "text8" else set().union(*texts(found))
+    elif name.startswith("bpe"):
+        text = "".join(itertools.islice(texts(found[:1]), 20_000))[:20_000_000]
+    return make_tokenizer(name, text, reserved)
 
 def prepare(name, source=None, root="corpora", tokenizer=None, length=0, packing="compat", insert_eos=None,
             check=True, workers=0):
@@ -1042,9 +1000,8 @@ def prepare(name, source=None, root="corpora", tokenizer=None, length=0, packing
     path = Path(f"{stem}.json")
     if path.exists():
         meta = read_meta(path)
-        refuse((meta["packing"], meta["insert_eos"]) != (packing, insert_eos),
-               f"{path} was prepared with packing={meta['packing']} insert_eos={meta['insert_eos']}; delete "
-               "it, or pass another --out")
+        refuse((meta["packing"], meta["insert_eos"]) != (packing, insert_eos), f"{path} was prepared with packing="
+               f"{meta['packing']} insert_eos={meta['insert_eos']}; delete it, or pass another --out")
         print(f"{path} is ready ({', '.join(meta['splits'])}); nothing to do")
         return path
     refuse(layout == "blocks" and length < 3, f"--length={length}: a block has bos, text and eos, at least 3")
@@ -1056,9 +1013,8 @@ def prepare(name, source=None, root="corpora", tokenizer=None, length=0, packing
     tok = choose_tokenizer(files, tokenizer, found, layout != "stream")
     bos, eos = tok.eos if tok.bos is None else tok.bos, tok.eos
     before, after = ([bos], [getattr(tok, "sep", eos)]) if layout == "rows" else ([], [eos] * insert_eos)
-    plan = dict(format=2, name=name, tokenizer=tokenizer, vocab=tok.vocab, layout=layout, length=length,
-                bos=bos, eos=eos, packing=packing, insert_eos=insert_eos, licence=recipe.licence,
-                detokenizer=recipe.detokenizer)
+    plan = dict(format=3, name=name, tokenizer=tokenizer, vocab=tok.vocab, layout=layout, length=length, bos=bos,
+                eos=eos, packing=packing, insert_eos=insert_eos, licence=recipe.licence, detokenizer=recipe.detokenizer)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     workers = workers or len(cores)
     print(f"{name}: {tokenizer} (V {tok.vocab:,}), {layout}, packing {packing}, insert_eos {insert_eos}, "
@@ -1081,7 +1037,7 @@ def read_meta(path):
     """The meta file of a prepared corpus, refused unless it is whole and unchanged."""
     try:
         meta = json.loads(path.read_bytes())
-        if meta["hash"] != meta_hash(meta) or meta["format"] != 2:
+        if meta["hash"] != meta_hash(meta) or meta["format"] != 3:
             raise ValueError("its hash or format does not fit")
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise UserError(f"{path} is damaged ({e}); delete it, then python data.py {path.parent.name}") from e
@@ -1090,8 +1046,8 @@ def read_meta(path):
 def checked(part, vocab, remedy, windows=256):
     """The ids of a part; refused if one is beyond the vocabulary (samples of a file of more than 134 MB)."""
     tokens = opened(part)
-    at = np.unique(np.linspace(0, len(tokens), windows + 1).astype(int)[:-1])
-    worst = max((int(tokens[a:a + 262_144].max(initial=0)) for a in at), default=0)
+    starts = range(0, len(tokens), max(262_144, len(tokens) // windows))
+    worst = max(int(tokens[i:i + 262_144].max()) for i in starts)
     refuse(worst >= vocab, f"{part[0]} holds the id {worst}, beyond the vocabulary of {vocab:,}; {remedy}")
     return tokens
 
@@ -1100,22 +1056,21 @@ def open_prepared(path, length, max_source):
     meta, splits = read_meta(path), {}
     tok, layout = CLASSES.get(meta["tokenizer"], BPE)(**meta["state"]), meta["layout"]
     again = f"delete {path} and run python data.py {meta['name']} again"
-    ended, pairs = layout in ("rows", "pairs"), layout == "pairs"
+    ended, per_document = layout in ("rows", "pairs"), 1 + (layout == "pairs")
     for split, entry in meta["splits"].items():
+        n = entry["blocks"] * meta["length"] if layout == "blocks" else entry["tokens"]
         ids, idx = (path.with_name(f"{path.stem}_{split}.{kind}") for kind in ("bin", "idx"))
-        documents = entry["documents"] * (1 + pairs)
-        for f, wanted in (ids, 2 * entry["ids"]), (idx, 8 * (documents + 1) * ended):
+        for f, wanted in (ids, 2 * n), (idx, 8 * (entry["documents"] * per_document + 1) * ended):
             size = f.stat().st_size if f.is_file() else 0
             refuse(size != wanted, f"{f} has {size} bytes, its meta says {wanted}; {again}")
-        if entry["ids"]:                            # a split without a single block is left out
+        if n:                                       # a split without a single block is left out
             ends = np.fromfile(idx, dtype="<i8") if ended else None
-            checked((ids, 0, entry["ids"]), tok.vocab, again)
-            refuse(ended and ((np.diff(ends) < 0).any() or ends[0] != 0 or ends[-1] != entry["ids"]),
+            checked((ids, 0, n), tok.vocab, again)
+            refuse(ended and ((np.diff(ends) < 0).any() or ends[0] != 0 or ends[-1] != n),
                    f"{idx} does not fit its token file; {again}")
             kept = entry["blocks"] * (meta["length"] - 2) / entry["tokens"] if layout == "blocks" else 1.
-            splits[split] = Split([(ids, 0, entry["ids"])], round(entry["bytes_of_text"] * kept), ends)
-    return Corpus(meta["name"], tok, length, layout, splits, tok.eos if pairs else tok.pad,
-                  pairs or meta["packing"] == "pad", max_source or length // 2)
+            splits[split] = Split([(ids, 0, n)], round(entry["bytes_of_text"] * kept), ends)
+    return Corpus(meta["name"], tok, length, layout, splits, meta["packing"] == "pad", max_source)
 
 def find_prepared(name, tokenizer, length, root):
     """Meta file that fits; "char", the default, stands for whatever the corpus was prepared with."""

@@ -226,7 +226,7 @@ def test_collated_pairs_schedules_and_metrics():
                           encode=lambda text: np.array(text.split(), dtype=np.int64))
     columns = (json.loads(str(G[f"trainB/{k}_ids_flat"])) for k in ("cond", "target"))
     pairs = [tuple(" ".join(map(str, ids)) for ids in pair) for pair in zip(*columns)]
-    corpus = data.from_pairs("pairs", {"train": pairs}, tok, M["max_length"], META["max_input_length"])
+    corpus = data.in_memory("pairs", tok, {"train": pairs}, M["max_length"], "pairs", META["max_input_length"])
     rows, want = corpus.rows("train", range(len(pairs))), weights("trainB/batch_")
     assert torch.equal(rows["tokens"], want["input_ids"])
     assert torch.equal(rows["mask"].float(), want["attention_mask"])
