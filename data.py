@@ -48,7 +48,12 @@ class Tokenizer:
     """name, vocab, encode(text) -> ids, decode(ids) -> text; CLASS(**state) rebuilds it from plain values."""
     bos = eos = pad = None                          # ids
     stop, drop = None, ()                           # decoding ends at the first `stop` and leaves out `drop`
-    file = url = None                               # of the vocabulary, for `from_file`
+    file = url = None                               # of a vocabulary, the one value of its `state`
+
+    @classmethod
+    def from_file(cls, path):
+        with reading(path) as (_, stream):
+            return cls(stream.read().decode("latin-1"))
 
     def decode(self, ids):
         ids = [int(i) for i in ids]
@@ -172,17 +177,14 @@ class WordPiece(Tokenizer):
     name, bos, eos, pad, sep, drop = "bert-base-uncased", 101, 101, 0, 102, (0,)
     file, url = "bert-base-uncased-vocab.txt", HUB_FILES.format("google-bert/bert-base-uncased", "vocab.txt")
 
-    def __init__(self, pieces):
-        self.pieces, self.vocab, self.state = pieces, len(pieces), dict(pieces=pieces)
-        self.ids = {p: i for i, p in enumerate(pieces)}
+    def __init__(self, vocabulary):
+        """vocabulary: bytes (as latin-1) of vocab.txt, a piece on every line."""
+        self.pieces = vocabulary.encode("latin-1").decode("utf-8", "replace").splitlines()
+        if self.pieces[101:102] != ["[CLS]"]:
+            raise ValueError(f"not the vocabulary of {self.name}: line 102 should be [CLS]")
+        self.vocab, self.state = len(self.pieces), dict(vocabulary=vocabulary)
+        self.ids = {p: i for i, p in enumerate(self.pieces)}
         self.split = functools.cache(self.longest_matches)      # the cost is that of the distinct words
-
-    @classmethod
-    def from_file(cls, path):
-        """From vocab.txt, a piece on every line."""
-        pieces = contents(path).decode("utf-8", "replace").splitlines()
-        refuse(pieces[101:102] != ["[CLS]"], f"{path} is not the vocabulary of {cls.name}: line 102 is not [CLS]")
-        return cls(pieces)
 
     def longest_matches(self, word):
         ids, at = [], 0
@@ -212,24 +214,20 @@ class Unigram(Tokenizer):
     name, eos, pad, unk, stop, drop = "t5", 1, 0, 2, 1, (0, 2)
     file, url = "t5-spiece.model", HUB_FILES.format("google-t5/t5-small", "spiece.model")
 
-    def __init__(self, pieces, scores):
-        self.pieces, self.vocab, self.state = pieces, len(pieces) + 100, dict(pieces=pieces, scores=scores)
-        self.table = {p: (i, s) for i, (p, s) in enumerate(zip(pieces, scores)) if i > 2}
-        self.longest, self.unknown = max(map(len, pieces)), min(scores) - 10
-        self.split = functools.cache(self.best_split)
-
-    @classmethod
-    def from_file(cls, path):
-        """From spiece.model: fields of \\n size (\\n size piece \\x15 float32 ...), a protobuf."""
-        data, at, pieces, scores = contents(path), 0, [], []
+    def __init__(self, vocabulary):
+        """vocabulary: bytes (as latin-1) of spiece.model: fields of \\n size (\\n size piece \\x15 float32 ...)."""
+        data, at, self.pieces, scores = vocabulary.encode("latin-1"), 0, [], []
         while data[at:at + 1] == data[at + 2:at + 3] == b"\n":
             end = at + 4 + data[at + 3]
-            pieces.append(data[at + 4:end].decode("utf-8", "replace"))
+            self.pieces.append(data[at + 4:end].decode("utf-8", "replace"))
             scores.append(np.frombuffer(data[end + 1:end + 5].ljust(4, b"\0"), "<f4").item())
             at += 2 + data[at + 1]
-        whole = at <= len(data) and pieces[:3] == ["<pad>", "</s>", "<unk>"] and np.isfinite(scores).all()
-        refuse(not whole, f"{path} is not T5's spiece.model, or it is damaged")
-        return cls(pieces, scores)
+        if at > len(data) or self.pieces[:3] != ["<pad>", "</s>", "<unk>"]:
+            raise ValueError("not T5's spiece.model")
+        self.vocab, self.state = len(self.pieces) + 100, dict(vocabulary=vocabulary)
+        self.table = {p: (i, s) for i, (p, s) in enumerate(zip(self.pieces, scores)) if i > 2}
+        self.longest, self.unknown = max(map(len, self.pieces)), min(scores) - 10
+        self.split = functools.cache(self.best_split)
 
     def best_split(self, word):
         """Viterbi: the pieces with the largest sum of scores; unknown neighbours become one id."""
@@ -537,11 +535,6 @@ def in_memory(name, tok, documents, length, layout="stream", max_source=0):
         splits[k] = Split([ids], size, np.cumsum([0, *count]) if layout == "pairs" else None)
     return Corpus(name, tok, length, layout, splits, max_source=max_source)
 
-def from_text(name, train, val, tokenizer, length):
-    """Stream corpus from two strings; a trained BPE sees the training text only."""
-    tok = make_tokenizer(tokenizer, train + val if tokenizer == "char" else train)
-    return in_memory(name, tok, dict(train=[train], val=[val]), length)
-
 def read_text(path):
     """The text of a file, or of all text files of a folder in sorted order."""
     kinds, texts = (".txt", ".md", ".rst", ".text"), []
@@ -789,10 +782,6 @@ def reading(path):
     except (EOFError, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile,
             LookupError, ValueError, TypeError, csv.Error) as e:
         raise UserError(f"{path} is truncated or damaged ({type(e).__name__}: {e}); get it again") from e
-
-def contents(path):
-    with reading(path) as (_, stream):
-        return stream.read()
 
 def digest(path, unpack=False):
     """sha256 of a file, or of what a packed one holds."""
@@ -1098,10 +1087,6 @@ def load(name, tokenizer="char", length=64, max_source=0, root="corpora"):
     refuse(length < 1, f"--length={length}: a row needs at least one token")
     refuse(max_source >= length, f"a condition of {max_source} tokens leaves no room in --length={length}")
     path, chain = Path(name), re.fullmatch(r"markov(\d{0,3})", name)
-    if name == "prose":
-        train, val = prose_text()
-        refuse(len(train) + len(val) < 200_000, "this Python installation has little prose: use --data=FILE")
-        return from_text("prose", train, val, tokenizer, length)
     if chain:
         return markov(max(int(chain[1] or 8), 2), length)
     if name == "newdiego":
@@ -1114,11 +1099,16 @@ def load(name, tokenizer="char", length=64, max_source=0, root="corpora"):
         return token_shards(path, tokenizer, length)
     if path.is_file() and path.suffix == ".tsv":
         return pairs_file(path, tokenizer, length, max_source)
-    if path.exists():                               # the last tenth, of a short text half, is validation
+    if name == "prose":
+        train, val = prose_text()
+        refuse(len(train) + len(val) < 200_000, "this Python installation has little prose: use --data=FILE")
+    else:                                           # the last tenth, of a short text half, is validation
+        refuse(not path.exists(), f"no corpus, file or folder is called {name!r}; `python data.py` lists the corpora")
         text = read_text(path)
         cut = int(len(text) * (.9 if len(text) > 100 * length else .5))
-        return from_text(path.name, text[:cut], text[cut:], tokenizer, length)
-    raise UserError(f"no corpus, file or folder is called {name!r}; `python data.py` lists the corpora")
+        train, val = text[:cut], text[cut:]
+    tok = make_tokenizer(tokenizer, train + val if tokenizer == "char" else train)      # BPE: the training text
+    return in_memory(path.name, tok, dict(train=[train], val=[val]), length)
 
 def listing(root):
     """One line for each named corpus: size of the download, licence, tokenizer and length, state."""
@@ -1133,19 +1123,19 @@ def listing(root):
 
 def main(argv):
     """The command line: list the corpora, or prepare those named."""
-    parser, flag = argparse.ArgumentParser("python data.py", allow_abbrev=False), ("true", "false")
+    parser = argparse.ArgumentParser("python data.py", allow_abbrev=False)
     parser.error, option = functools.partial(refuse, True), parser.add_argument
+    flag = dict(type=json.loads, choices=(True, False), metavar="true|false")
     option("names", nargs="*", metavar="NAME", help="corpora to prepare; none: list them")
     option("--from", dest="source", metavar="FOLDER", help="folder with the files (else they are downloaded)")
     option("--out", default="corpora", help="folder of the prepared corpora (default corpora)")
     option("--tokenizer", help="gpt2, bert-base-uncased, t5, char, byte, bpe1024, word (default: as listed)")
     option("--length", type=int, default=0, help="tokens in a block (default: as listed)")
     option("--packing", default="compat", choices=("compat", "global", "pad"), help="see `prepare`")
-    option("--insert_eos", choices=flag, help="end every document with eos (default: as published)")
-    option("--check", default="true", choices=flag, help="false: take files with another checksum")
+    option("--insert_eos", **flag, help="end every document with eos (default: as published)")
+    option("--check", default=True, **flag, help="false: take files with another checksum")
     options = vars(parser.parse_args(argv))
-    names, root, eos = (options.pop(k) for k in ("names", "out", "insert_eos"))
-    options.update(check=options["check"] == "true", insert_eos=None if eos is None else eos == "true")
+    names, root = options.pop("names"), options.pop("out")
     for name in names:
         near = difflib.get_close_matches(name, RECIPES, 1, 0)
         refuse(name not in RECIPES, f"no corpus is called {name!r}; did you mean {near[0]}?")
@@ -1158,12 +1148,9 @@ def main(argv):
 
 # --- 8. metrics of token rows and of text ------------------------------------------------------------
 
-def array(ids):
-    return ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-
 def grams(rows, n, base=0x9E3779B97F4A7C15):
     """All n-grams of rows [B, L] as 64-bit integers [B, L - n + 1]: exact in base V, else hashes."""
-    rows = array(rows).astype(np.uint64)
+    rows = np.asarray(rows).astype(np.uint64)
     code = np.zeros((len(rows), max(rows.shape[1] - n + 1, 0)), dtype=np.uint64)
     for j in range(n):
         code = code * np.uint64(base) + rows[:, j:j + code.shape[1]]
@@ -1188,7 +1175,7 @@ class NgramJudge:
 
     def token_nll(self, ids, order=3):
         """-ln p of every token given those before it in its row, nats, [n, L]."""
-        p = np.full(array(ids).shape, 1 / self.vocab)
+        p = np.full(np.shape(ids), 1 / self.vocab)
         for k, (codes, counts, contexts, total, types) in enumerate(self.tables[:order], 1):
             code = grams(ids, k, self.vocab)
             context, lower = code // np.uint64(self.vocab), p[:, k - 1:]
@@ -1200,7 +1187,7 @@ class NgramJudge:
 
     def nll(self, ids, mask=None, order=3):
         """Mean nats per token of ids [n, L] (where mask, if given)."""
-        return self.token_nll(ids, order)[... if mask is None else array(mask)].mean()
+        return self.token_nll(ids, order)[... if mask is None else np.asarray(mask)].mean()
 
 def nats(p):
     """Entropy of probabilities, nats."""
@@ -1209,7 +1196,7 @@ def nats(p):
 
 def entropies(rows):
     """Entropy in nats of the token counts of every row (of any length), at most ln of its length."""
-    return np.array([nats(np.unique(array(row), return_counts=True)[1] / len(row)) for row in rows])
+    return np.array([nats(np.unique(np.asarray(row), return_counts=True)[1] / len(row)) for row in rows])
 
 def entropy(rows):
     """Mean unigram entropy of samples [n, L], nats: low for text that repeats itself."""
@@ -1243,7 +1230,7 @@ def scored_targets(ids, eos):
 
     LangFlow counts all targets; so does NFDM, after a leading EOS.
     """
-    is_eos = array(ids) == eos
+    is_eos = np.asarray(ids) == eos
     return (~is_eos | (is_eos.cumsum(axis=1) == 1))[:, 1:]
 
 def generative_perplexity(texts, scorer="gpt2-large", device="cpu", every_eos=False, limit=1024):
