@@ -97,35 +97,25 @@ class BPE(Tokenizer):
 def train_bpe(text, vocab):
     """Merges of a byte-level BPE (for `BPE`): the most frequent pair next, ties to the smaller pair.
 
-    A piece is a string with a character for each token. A heap of pair counts, each corrected when it comes
-    up; a merge touches only the pieces that have had its pair.
+    A piece is a string with a character for each token; a merge touches only the pieces that have had its pair.
     """
     import regex
     counted = Counter(regex.findall(PIECES, text))
-    pieces = [p.encode("utf-8", "replace").decode("latin-1") for p in counted]
-    times, count, where = list(counted.values()), Counter(), defaultdict(set)
+    pieces, times = [p.encode("utf-8", "replace").decode("latin-1") for p in counted], list(counted.values())
+    count, where, tokens = Counter(), defaultdict(set), list(map(chr, range(256)))
     def tally(i, sign):
         for pair in map("".join, itertools.pairwise(pieces[i])):
             count[pair] += sign * times[i]
             where[pair].add(i)
     for i in range(len(pieces)):
         tally(i, 1)
-    heap, tokens = [(-n, pair) for pair, n in count.items()], list(map(chr, range(256)))
-    heapq.heapify(heap)
-    while len(tokens) < vocab and heap:
-        n, pair = heapq.heappop(heap)
-        if -n != count[pair]:                       # stale: comes back with its true count
-            heapq.heappush(heap, (-count[pair], pair))
-            continue
-        if -n < 2:
-            break
-        known = len(count)
+    while len(tokens) < vocab and (most := max(count.values(), default=0)) > 1:
+        pair = min(pair for pair, n in count.items() if n == most)
         for i in where.pop(pair):
             tally(i, -1)
             pieces[i] = pieces[i].replace(pair, chr(len(tokens)))
             tally(i, 1)
-        for new in itertools.islice(reversed(count), len(count) - known):
-            heapq.heappush(heap, (-count[new], new))
+        del count[pair]
         tokens.append("".join(tokens[ord(c)] for c in pair))
     return tokens[256:]
 
