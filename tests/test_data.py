@@ -368,7 +368,7 @@ def test_judge_ranks_text_above_shuffled_text_above_noise(prose):
     assert nll["held-out text"] + 2 < nll["unigram text"] < nll["uniform noise"] - 2
     assert table["samples"]["words_in_corpus"] > 0.9 and len(lines) > 4
     assert prose.copied(prose.rows("train", range(50))["tokens"]) == 1 > table["samples"]["copied_8grams"]
-    assert prose.copied(prose.uniform_sample(50, 64)) == 0 and table["uniform noise"]["words_in_corpus"] < 0.5
+    assert prose.copied(prose.random_rows(50, 64)) == 0 and table["uniform noise"]["words_in_corpus"] < 0.5
 
 
 # --- preparation --------------------------------------------------------------------------------
