@@ -145,9 +145,8 @@ class Words(Tokenizer):
 
 def characters(text, reserved=False):
     """The characters of a text, or of a set; `reserved` keeps id 0 for padding and 1 for the end."""
-    if reserved:
-        return Words(["<pad>", "<end>", *sorted(set(text))], pad=0, eos=1, name="char")
-    return Words(sorted(set(text)), name="char")
+    table = sorted(set(text))
+    return Words(["<pad>", "<end>", *table], pad=0, eos=1, name="char") if reserved else Words(table, name="char")
 
 def train_words(texts, more_than=10):
     """NFDM's vocabulary: START, END, UNK, PAD, then words seen more than 10 times as they come up."""
@@ -249,32 +248,10 @@ def make_tokenizer(name, text, reserved=False):
         return characters(text, reserved)
     if re.fullmatch(r"bpe\d{3,5}", name) and 257 <= int(name[3:]) <= 60000:
         return BPE(name, train_bpe(text, int(name[3:])), reserved)
-    refuse(name not in ("byte", "gpt2"),
-           f"tokenizer {name!r} is not for raw text; use char, byte, gpt2 or bpe257 to bpe60000")
+    refuse(name not in ("byte", "gpt2"), f"tokenizer {name!r}: raw text takes char, byte, gpt2, bpe257 to bpe60000")
     return BPE(name, reserved=reserved)
 
-# --- 2. a source of known entropy --------------------------------------------------------------------
-
-def markov_chain(V, seed=0, concentration=0.3):
-    """First-order chain: (start [V], transitions [V, V]); rows are Dirichlet draws, start is stationary."""
-    P = np.random.default_rng([seed, V]).dirichlet(np.full(V, concentration), size=V)
-    P = (P + 1e-4) / (1 + 1e-4 * V)                 # every step possible: logs stay finite
-    pi = np.linalg.matrix_power(P, 4096)[0]
-    return pi / pi.sum(), P
-
-def markov_entropy(pi, P, L):
-    """Exact entropy of L steps in nats: H(pi) + (L - 1) sum_i pi_i H(P_i)."""
-    return float(-(pi * np.log(pi)).sum() - (L - 1) * (pi[:, None] * P * np.log(P)).sum())
-
-def markov_sample(pi, P, n, L, seed):
-    """n rows of L steps of the chain, ids [n, L]."""
-    rng, rows = np.random.default_rng(seed), np.empty((n, L), dtype=np.int64)
-    for k in range(L):
-        below = np.cumsum(pi)[None] if k == 0 else np.cumsum(P, axis=1)[rows[:, k - 1]]
-        rows[:, k] = (rng.random((n, 1)) > below[:, :-1]).sum(axis=1)
-    return rows
-
-# --- 3. a corpus, in memory or on disk ---------------------------------------------------------------
+# --- 2. a corpus, in memory or on disk ---------------------------------------------------------------
 
 @dataclass
 class Split:
@@ -475,7 +452,7 @@ class Corpus:
                 lines.append(f"{score.__name__}: {e}")
         return record, [f"{len(ids)} pairs: " + "  ".join(f"{k} {v:.3f}" for k, v in record.items()), *lines]
 
-# --- 4. built-in corpora and text of your own --------------------------------------------------------
+# --- 3. built-in corpora and text of your own --------------------------------------------------------
 
 SKIPPED = set("test tests idlelib lib2to3 site-packages dist-packages turtledemo ensurepip pydoc_data "
               "lib-dynload __pycache__".split())
@@ -527,8 +504,6 @@ def read_text(path):
             texts.append(f.read_bytes().decode("utf-8-sig"))
         except UnicodeDecodeError as e:
             raise UserError(f"{f} is not UTF-8 text (see byte {e.start:,}); convert it first") from e
-        except OSError as e:
-            raise UserError(f"{f} cannot be read: {e.strerror}") from e
         refuse("\0" in texts[-1], f"{f} is a binary file (it holds a zero byte), not text")
     text = "\n".join(texts).replace("\r\n", "\n")
     refuse(not text.strip(), f"{path} holds no text (of a folder, {', '.join(kinds)} files are read)")
@@ -564,6 +539,25 @@ def row_corpus(name, words, draw, entropy, n):
     splits = {k: Split([r.astype("<u2").ravel()], int(size[r].sum())) for k, r in rows.items()}
     return Corpus(name, Words(words, name=name), rows["val"].shape[1], "blocks", splits, entropy=entropy)
 
+def markov_chain(V, seed=0, concentration=0.3):
+    """First-order chain: (start [V], transitions [V, V]); rows are Dirichlet draws, start is stationary."""
+    P = np.random.default_rng([seed, V]).dirichlet(np.full(V, concentration), size=V)
+    P = (P + 1e-4) / (1 + 1e-4 * V)                 # every step possible: logs stay finite
+    pi = np.linalg.matrix_power(P, 4096)[0]
+    return pi / pi.sum(), P
+
+def markov_entropy(pi, P, L):
+    """Exact entropy of L steps in nats: H(pi) + (L - 1) sum_i pi_i H(P_i)."""
+    return float(-(pi * np.log(pi)).sum() - (L - 1) * (pi[:, None] * P * np.log(P)).sum())
+
+def markov_sample(pi, P, n, L, seed):
+    """n rows of L steps of the chain, ids [n, L]."""
+    rng, rows = np.random.default_rng(seed), np.empty((n, L), dtype=np.int64)
+    for k in range(L):
+        below = np.cumsum(pi)[None] if k == 0 else np.cumsum(P, axis=1)[rows[:, k - 1]]
+        rows[:, k] = (rng.random((n, 1)) > below[:, :-1]).sum(axis=1)
+    return rows
+
 def markov(V=8, L=6, seed=0, n=100_000):
     """A Markov source of known entropy (corpus.entropy, nats per row); corpus.chain: (start, transitions)."""
     pi, P = markov_chain(V, seed)
@@ -573,20 +567,20 @@ def markov(V=8, L=6, seed=0, n=100_000):
     corpus.chain = pi, P
     return corpus
 
-def newdiego(length=2, n=100_000):
+def newdiego(length):
     """Two dependent tokens: New York .45, San Diego .45, New Diego .10: no single factorised step does it."""
     refuse(length != 2, f"newdiego has rows of two tokens: --length=2, not {length}")
     rows, p = np.array([[0, 1], [2, 3], [0, 3]]), np.array([.45, .45, .10])
     def draw(n, seed):
         return rows[np.random.default_rng([11, seed]).choice(3, n, p=p)]
-    return row_corpus("newdiego", ["New", "York", "San", "Diego"], draw, nats(p), n)
+    return row_corpus("newdiego", ["New", "York", "San", "Diego"], draw, nats(p), 100_000)
 
 SHARD = 20240520        # first number of the 1,024-byte header that some files of GPT-2 ids have
 
 def token_shards(path, tokenizer, length):
     """GPT-2 ids in uint16 files: those named *val* are validation, without one the last tenth of the last."""
-    refuse(tokenizer not in ("char", "gpt2"),       # char: the default
-           f"{path} holds the ids of GPT-2: --tokenizer=gpt2, not {tokenizer}")
+    default = tokenizer == "char"
+    refuse(not default and tokenizer != "gpt2", f"{path} holds the ids of GPT-2: --tokenizer=gpt2, not {tokenizer}")
     tok, sides = BPE("gpt2"), {"train": [], "val": []}
     for f in [path] if path.is_file() else sorted(path.glob("*.bin")):
         at = 1024 * (np.fromfile(f, "<i4", 1).tolist() == [SHARD])
@@ -604,7 +598,7 @@ def token_shards(path, tokenizer, length):
         splits[k] = Split(parts, int(sum(size[i].mean() * p[2] for i, p in zip(ids, parts))))
     return Corpus(path.name, tok, length, "stream", {k: s for k, s in splits.items() if s.parts})
 
-# --- 5. detokenisers: ordered rules, a literal or a regular expression each, as published ------------
+# --- 4. detokenisers: ordered rules, a literal or a regular expression each, as published ------------
 
 def rules(*pairs):
     def apply(text):
@@ -615,18 +609,16 @@ def rules(*pairs):
 
 r = re.compile
 lm1b_rules = rules(
-    ("http : / / ", "http://"), ("https : / / ", "https://"), (r(r" '(\w+)"), r"'\1"),
-    (r(r" (\w+) \. "), r" \1. "), (r(r" (\w+) \.$"), r" \1."), (" ? ", "? "), (r(r" \?$"), "?"),
-    (" ! ", "! "), (r(r" \!$"), "!"), (" , ", ", "), (" : ", ": "), (" ; ", "; "), (" / ", "/"),
-    (r(r'" ([^"]+) "'), r'"\1"'), (r(r"' ([^']+) '"), r"'\1'"),
+    ("http : / / ", "http://"), ("https : / / ", "https://"), (r(r" '(\w+)"), r"'\1"), (r(r" (\w+) \. "), r" \1. "),
+    (r(r" (\w+) \.$"), r" \1."), (" ? ", "? "), (r(r" \?$"), "?"), (" ! ", "! "), (r(r" \!$"), "!"), (" , ", ", "),
+    (" : ", ": "), (" ; ", "; "), (" / ", "/"), (r(r'" ([^"]+) "'), r'"\1"'), (r(r"' ([^']+) '"), r"'\1'"),
     (r(r"\( ([^\(\)]+) \)"), r"(\1)"), (r(r"\[ ([^\[\]]+) \]"), r"[\1]"), ("$ ", "$"), ("£ ", "£"))
 wikitext_rules = rules(
-    ("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "),
-    (" . ", ". "), (" ! ", "! "), (" ? ", "? "), (" , ", ", "), (r(r"\(\s*([^\)]*?)\s*\)"), r"(\1)"),
-    (r(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"), (r(r"{\s*([^}]*?)\s*}"), r"{\1}"),
-    (r(r'"\s*([^"]*?)\s*"'), r'"\1"'), (r(r"'\s*([^']*?)\s*'"), r"'\1'"), ("= = = =", "===="),
-    ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"),
-    (" N ", " 1 "), (" 's", "'s"))
+    ("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), (" . ", ". "),
+    (" ! ", "! "), (" ? ", "? "), (" , ", ", "), (r(r"\(\s*([^\)]*?)\s*\)"), r"(\1)"),
+    (r(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"), (r(r"{\s*([^}]*?)\s*}"), r"{\1}"), (r(r'"\s*([^"]*?)\s*"'), r'"\1"'),
+    (r(r"'\s*([^']*?)\s*'"), r"'\1'"), ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"),
+    (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s"))
 ptb_rules = rules(
     (" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (" \n ", "\n"), ("\\/", "/"), *[(" N ", " 1 ")] * 10,
     ("$ 1", "$1"), ("# 1", "#1"), ("<unk>", "?"))
@@ -635,7 +627,7 @@ DETOKENIZERS = {
     "papers": lambda text: lm1b_rules(wikitext_rules(text)),
     "lambada": lambda text: "\n" + text.replace("“", '"').replace("”", '"').strip()}
 
-# --- 6. named corpora: where they come from ----------------------------------------------------------
+# --- 5. named corpora: where they come from ----------------------------------------------------------
 
 LM1B = "1-billion-word-language-modeling-benchmark-r13output.tar.gz"
 SHA256 = {              # of the published files; a copy packed as .xz or .gz is checked after unpacking
@@ -734,7 +726,7 @@ RECIPES = {
     "tinyshakespeare": Recipe(
         "1.1 MB", "public domain", "tinyshakespeare.txt", str,
         GITHUB + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt", tokenizer="char", length=256,
-        layout="stream", cut=dict(train=(0, 18), val=(18, 20)))}
+        layout="stream", splits=("train", "val", ""), cut=dict(train=(0, 18), val=(18, 20)))}
 
 def live(text, end=False):
     """A line that the next one overwrites on a terminal; elsewhere only the one with end=True is printed."""
@@ -808,10 +800,9 @@ class Files:
         folders = [self.folder / sub for sub in ("", self.name, "tokenizers")] if self.folder else [self.cache]
         places = (folder / (name + end) for folder in folders for end in ("", ".xz", ".gz"))
         path = next((p for p in places if p.is_file()), None)
-        if path and self.folder and self.check and name in SHA256:
-            refuse(digest(path, unpack=path.name != name) != SHA256[name],
-                   f"{path} is not the published {name} (sha256, not {SHA256[name][:16]}...); get it "
-                   "again, or pass --check=false to take it as it is")
+        if path and self.check and name in SHA256:
+            refuse(digest(path, unpack=path.name != name) != SHA256[name], f"{path} is not the published {name} "
+                   f"(sha256, not {SHA256[name][:16]}...); get it again, or pass --check=false to take it as it is")
         if not path and url and not self.folder:
             path = self.cache / (name + ".gz" * (url.endswith(".gz") and not name.endswith(".gz")))
             download(url.format(name), path, SHA256.get(name))
@@ -819,10 +810,7 @@ class Files:
 
     def read(self, split):
         """Iterator over the texts or (source, target) pairs of a split; None where it is absent."""
-        recipe = self.recipe
-        if recipe.cut and split not in recipe.cut:
-            return None
-        own = dict(zip(SPLITS, recipe.splits))[split].split()
+        recipe, own = self.recipe, self.recipe.splits[SPLITS.index(split)].split()
         names = recipe.files.format(*own).split() if own else []
         for name in names:
             file, _, member = name.partition("|")
@@ -868,7 +856,7 @@ def parts(rows, start, stop):
     text = text[len(text) * start // 20:len(text) * stop // 20]
     yield from re.findall(r"(?s).{1,1000000}(?= |\Z)|.{1,1000000}", text)
 
-# --- 7. preparation and opening ----------------------------------------------------------------------
+# --- 6. preparation and opening ----------------------------------------------------------------------
 
 SPLITS = ("train", "val", "test")
 BATCH = 1000            # the published packing drops what is left of every 1,000 documents
@@ -948,7 +936,8 @@ def choose_tokenizer(files, name, found, reserved):
     if name == "word":
         return train_words(texts(found[:1]))
     if name == "char":                              # `make_tokenizer` takes no more than the characters from it
-        text = " abcdefghijklmnopqrstuvwxyz" if files.name == "text8" else set().union(*texts(found))
+        clean = map(DETOKENIZERS[files.recipe.detokenizer], texts(found))
+        text = " abcdefghijklmnopqrstuvwxyz" if files.name == "text8" else set().union(*clean)
     elif name.startswith("bpe"):
         text = "".join(itertools.islice(texts(found[:1]), 20_000))[:20_000_000]
     return make_tokenizer(name, text, reserved)
@@ -1019,16 +1008,15 @@ def checked(part, vocab, remedy, windows=256):
     refuse(worst >= vocab, f"{part[0]} holds the id {worst}, beyond the vocabulary of {vocab:,}; {remedy}")
     return tokens
 
-def open_prepared(path, length, max_source):
-    """Corpus from the meta file of a prepared one; sizes and ids are checked before anything is used."""
-    meta, splits = read_meta(path), {}
-    tok, layout = CLASSES.get(meta["tokenizer"], BPE)(**meta["state"]), meta["layout"]
+def open_prepared(path, meta, length, max_source):
+    """Corpus from a prepared one and its meta file; sizes and ids are checked before anything is used."""
+    tok, layout, splits = CLASSES.get(meta["tokenizer"], BPE)(**meta["state"]), meta["layout"], {}
     again = f"delete {path} and run python data.py {meta['name']} again"
-    ended, per_document = layout in ("rows", "pairs"), 1 + (layout == "pairs")
+    ended, per_row = layout in ("rows", "pairs"), 1 + (layout == "pairs")
     for split, entry in meta["splits"].items():
         n = entry["blocks"] * meta["length"] if layout == "blocks" else entry["tokens"]
         ids, idx = (path.with_name(f"{path.stem}_{split}.{kind}") for kind in ("bin", "idx"))
-        for f, wanted in (ids, 2 * n), (idx, 8 * (entry["documents"] * per_document + 1) * ended):
+        for f, wanted in (ids, 2 * n), (idx, 8 * (entry["documents"] * per_row + 1) * ended):
             size = f.stat().st_size if f.is_file() else 0
             refuse(size != wanted, f"{f} has {size} bytes, its meta says {wanted}; {again}")
         if n:                                       # a split without a single block is left out
@@ -1041,16 +1029,15 @@ def open_prepared(path, length, max_source):
     return Corpus(meta["name"], tok, length, layout, splits, meta["packing"] == "pad", max_source)
 
 def find_prepared(name, tokenizer, length, root):
-    """Meta file that fits; "char", the default, stands for whatever the corpus was prepared with."""
-    recipe, metas = RECIPES[name], {p: read_meta(p) for p in prepared(name, root)}
+    """(path, meta) of the prepared form that fits; "char", the default, stands for whatever there is."""
+    recipe, metas = RECIPES[name], [(p, read_meta(p)) for p in prepared(name, root)]
     want = recipe.tokenizer if tokenizer == "char" else tokenizer
-    fit = [p for p, m in metas.items() if m["layout"] != "blocks" or m["length"] == length]
-    best = [p for p in fit if metas[p]["tokenizer"] == want] or fit * (tokenizer == "char")
-    if not best:
-        there = f" that way (there is {', '.join(p.stem for p in metas)})" if metas else ""
-        raise UserError(f"corpus {name} is not prepared{there}; run: python data.py {name}"
-                        + f" --tokenizer={want}" * (want != recipe.tokenizer)
-                        + f" --length={length}" * (recipe.layout == "blocks" and length != recipe.length))
+    fit = [(p, m) for p, m in metas if m["layout"] != "blocks" or m["length"] == length]
+    best = [(p, m) for p, m in fit if m["tokenizer"] == want] or fit * (tokenizer == "char")
+    there = f" that way (there is {', '.join(p.stem for p, _ in metas)})" if metas else ""
+    refuse(not best, f"corpus {name} is not prepared{there}; run: python data.py {name}"
+                     + f" --tokenizer={want}" * (want != recipe.tokenizer)
+                     + f" --length={length}" * (recipe.layout == "blocks" and length != recipe.length))
     return best[0]
 
 def prepared(name, root="corpora"):
@@ -1073,7 +1060,7 @@ def load(name, tokenizer="char", length=64, max_source=0, root="corpora"):
     if name == "reverse":
         return reverse_corpus(length, max_source)
     if name in RECIPES:
-        return open_prepared(find_prepared(name, tokenizer, length, root), length, max_source)
+        return open_prepared(*find_prepared(name, tokenizer, length, root), length, max_source)
     if path.suffix == ".bin" and path.is_file() or path.is_dir() and any(path.glob("*.bin")):
         return token_shards(path, tokenizer, length)
     if path.is_file() and path.suffix == ".tsv":
@@ -1125,7 +1112,7 @@ def main(argv):
     if not names:
         print(listing(root))
 
-# --- 8. metrics of token rows and of text ------------------------------------------------------------
+# --- 7. metrics of token rows and of text ------------------------------------------------------------
 
 def grams(rows, n, base=0x9E3779B97F4A7C15):
     """All n-grams of rows [B, L] as 64-bit integers [B, L - n + 1]: exact in base V, else hashes."""
@@ -1147,10 +1134,8 @@ class NgramJudge:
         self.vocab, self.tables = vocab, []
         for k in range(1, order + 1):
             codes, counts = np.unique(grams(rows, k, vocab), return_counts=True)
-            context, start = np.unique(codes // np.uint64(vocab), return_index=True)
-            if len(codes):
-                types = np.diff(np.append(start, len(codes)))
-                self.tables.append((codes, counts, context, np.add.reduceat(counts, start), types))
+            contexts, start, types = np.unique(codes // np.uint64(vocab), return_index=True, return_counts=True)
+            self.tables.append((codes, counts, contexts, np.add.reduceat(counts, start), types))
 
     def token_nll(self, ids, order=3):
         """-ln p of every token given those before it in its row, nats, [n, L]."""
@@ -1164,9 +1149,9 @@ class NgramJudge:
             p[:, k - 1:] = np.where(contexts[j] == context, mixed, lower)
         return -np.log(p)
 
-    def nll(self, ids, mask=None, order=3):
-        """Mean nats per token of ids [n, L] (where mask, if given)."""
-        return self.token_nll(ids, order)[... if mask is None else np.asarray(mask)].mean()
+    def nll(self, ids, order=3):
+        """Mean nats per token of ids [n, L]."""
+        return self.token_nll(ids, order).mean()
 
 def nats(p):
     """Entropy of probabilities, nats."""
@@ -1193,16 +1178,15 @@ def bleu(hypotheses, references):
 
 def rouge(hypotheses, references):
     """{"rouge1", "rouge2", "rougeL"}: F-measures in percent, stemmed, averaged over the pairs."""
-    scorer = optional("rouge_score.rouge_scorer", "rouge-score").RougeScorer(
-        ["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scorer = optional("rouge_score.rouge_scorer", "rouge-score")
+    scorer = scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     scores = [scorer.score(r, h) for h, r in zip(hypotheses, references, strict=True)]
     return {k: 100 * sum(s[k].fmeasure for s in scores) / len(scores) for k in scores[0]}
 
-def mauve(texts, references, scorer="gpt2-large", device=-1):
-    """MAUVE of generated and as many real texts; scorer: a model of `transformers`; device -1: the CPU."""
+def mauve(texts, references, scorer="gpt2-large"):
+    """MAUVE of generated and as many real texts, on the CPU; scorer: a model of `transformers`."""
     compute = optional("mauve", "mauve-text").compute_mauve
-    return float(compute(p_text=texts, q_text=references, featurize_model_name=scorer, device_id=device,
-                         verbose=False).mauve)
+    return float(compute(p_text=texts, q_text=references, featurize_model_name=scorer, verbose=False).mauve)
 
 def scored_targets(ids, eos):
     """Targets 1..L-1 that count in Gen. PPL in Duo, FLM and ELF, bool [n, L - 1]: not EOS, or the first EOS.
@@ -1222,11 +1206,11 @@ def generative_perplexity(texts, scorer="gpt2-large", device="cpu", every_eos=Fa
         scorer = models.from_pretrained(scorer).to(device).eval()
     encoding, total, count = BPE("gpt2").encoding, 0., 0
     for text in texts:
-        ids = torch.tensor([encoding.encode(text, allowed_special="all")[:limit]], device=device)
+        ids = torch.tensor([encoding.encode(text, allowed_special="all")[:limit]])
         if ids.shape[1] > 1:
             with torch.no_grad():
-                logits = scorer(ids).logits[0, :-1].float()
-            nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").cpu().numpy()
+                logits = scorer(ids.to(device)).logits[0, :-1].float().cpu()
+            nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").numpy()
             counted = every_eos | scored_targets(ids, encoding.eot_token)[0]
             total, count = total + nll[counted].sum(dtype=np.float64), count + int(counted.sum())
     return math.exp(total / max(count, 1))
