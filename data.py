@@ -94,12 +94,9 @@ class BPE(Tokenizer):
         return self.encoding.decode(ids)
 
 def train_bpe(text, vocab):
-    """Merges of a byte-level BPE (for `BPE`): the most frequent pair next, ties to the smaller pair.
-
-    A piece is a string with a character for each token; a merge touches only the pieces that have had its pair.
-    """
+    """Merges of a byte-level BPE (for `BPE`): the most frequent pair next, ties to the smaller pair."""
     import regex
-    counted = Counter(regex.findall(PIECES, text))
+    counted = Counter(regex.findall(PIECES, text))  # a piece will be a string with a character for each token
     pieces, times = [p.encode("utf-8", "replace").decode("latin-1") for p in counted], list(counted.values())
     count, where, tokens = Counter(), defaultdict(set), list(map(chr, range(256)))
     def tally(i, sign):
@@ -110,7 +107,7 @@ def train_bpe(text, vocab):
         tally(i, 1)
     while len(tokens) < vocab and (most := max(count.values(), default=0)) > 1:
         pair = min(pair for pair, n in count.items() if n == most)
-        for i in where.pop(pair):
+        for i in where.pop(pair):                   # only the pieces that have had it
             tally(i, -1)
             pieces[i] = pieces[i].replace(pair, chr(len(tokens)))
             tally(i, 1)
@@ -124,8 +121,7 @@ WORD = re.compile(r"""n't\b|[^\W\d_]+?(?=n't\b)|'(?:s|m|d|re|ve|ll)\b|[^\W\d_]+(
 class Words(Tokenizer):
     """A closed vocabulary of words or, when it is named "char", of characters; `unk` stands for all others.
 
-    With unk, words are found by WORD, which approximates spaCy's blank English tokenizer (contractions and
-    punctuation, not its exception table); without, text is split at spaces.
+    Text is split at spaces; with unk by WORD, spaCy's blank English tokenizer without its exception table.
     """
 
     def __init__(self, words, bos=None, eos=None, unk=None, pad=None, name="word"):
@@ -276,15 +272,13 @@ def shuffled(n, seed, epoch):
 
 class Corpus:
     """Rows of `length` token ids from one tokenizer, in splits "train", "val" (and "test")."""
-    FIT_TOKENS = 4_000_000      # as many training tokens are counted at most: bounds time and memory
 
     def __init__(self, name, tok, length, layout, splits, has_mask=False, max_source=0, entropy=None):
         """max_source: tokens of a source that are kept (0: half of length); entropy: of a row, nats, if known."""
         self.name, self.tok, self.length, self.layout, self.splits = name, tok, length, layout, splits
         self.tokenizer, self.vocab, self.conditional = tok.name, tok.vocab, layout == "pairs"
         self.max_source, self.has_mask, self.entropy = max_source or length // 2, has_mask or self.conditional, entropy
-        self.special = dict(bos=tok.bos, eos=tok.eos, pad=tok.pad)
-        self._fitted = {}
+        self.special, self._fitted = dict(bos=tok.bos, eos=tok.eos, pad=tok.pad), {}
         for k, s in splits.items():
             refuse(self.n_rows(k) == 0, f"corpus {name}: split {k} has {len(s):,} tokens, less than one row "
                                         f"of {length}; give more text or a smaller --length")
@@ -364,14 +358,12 @@ class Corpus:
             batch.update(global_len=torch.from_numpy(total), global_cond=torch.from_numpy(cond))
         return batch
 
-    # what samples and bounds are held against
-
     def fitted(self, key, make):
-        """make(training rows [n, L]), kept; evenly selected rows where there are more than FIT_TOKENS."""
+        """make(training rows [n, L]), kept; of more than 4 million tokens (time, memory) evenly selected rows."""
         if key not in self._fitted:
             split = "train" if "train" in self.splits else next(iter(self.splits))
             n = self.n_rows(split)
-            keep = min(n, max(1, self.FIT_TOKENS // self.length))
+            keep = min(n, max(1, 4_000_000 // self.length))
             self._fitted[key] = make(self.rows(split, np.arange(keep) * n // keep)["tokens"].numpy())
         return self._fitted[key]
 
@@ -645,23 +637,19 @@ HUB = dict(train="train", val="validation", test="test")
 
 @dataclass
 class Recipe:
-    """How a named corpus is made; `val` is what papers report on (of lm1b and ag_news the hub's `test`).
-
-    files: the first that is there of FILE, ARCHIVE|PATTERN of its members or SOURCE+TARGET, the last of which
-    is at url. `splits` fills the {0} of a name. hub: data set and configuration for `datasets`, its splits.
-    """
+    """How a named corpus is made; `val` is what papers report on (of lm1b and ag_news the hub's `test`)."""
     size: str                                       # of the download
     licence: str
-    files: str
+    files: str                                      # the first that is there of FILE, ARCHIVE|MEMBERS, SOURCE+TARGET
     pick: object = str.strip                        # line, csv row or JSON value -> text or (source, target)
-    url: str = ""
-    hub: tuple = (None, None, {})
+    url: str = ""                                   # of the last of `files`
+    hub: tuple = (None, None, {})                   # data set and configuration for `datasets`, its splits
     tokenizer: str = "gpt2"
     length: int = 1024
     layout: str = "blocks"                          # see the top of this file
     detokenizer: str = ""
     insert_eos: bool = False                        # after every document; the zero-shot scripts leave it out
-    splits: tuple = ("train", "valid", "test")      # their own names of train, val and test, "" where absent
+    splits: tuple = ("train", "valid", "test")      # what train, val and test put for {0} in `files`; "": absent
     cut: dict = None                                # of a single text: {split: (from, to) in twentieths}
 
 def wikitext(n, size):
@@ -944,10 +932,10 @@ def choose_tokenizer(files, name, found, reserved):
 
 def prepare(name, source=None, root="corpora", tokenizer=None, length=0, packing="compat", insert_eos=None,
             check=True, workers=0):
-    """Make corpora/NAME/TOKENIZER-LENGTH.json and its token files; it comes last: nothing half-made opens.
+    """Write token files, and last (nothing half-made opens) their corpora/NAME/TOKENIZER-LENGTH.json; its path.
 
-    source: folder with the files (downloaded otherwise). packing: compat (as published), global (one
-    concatenation) or pad (each document a row of its own, masked). Returns the path of the meta file.
+    source: folder with the files (else downloaded). packing: compat (as published), global (one concatenation) or
+    pad (each document a row of its own, masked).
     """
     recipe, folder = RECIPES[name], Path(root) / name
     tokenizer, length = tokenizer or recipe.tokenizer, length or recipe.length
@@ -1190,17 +1178,13 @@ def mauve(texts, references, scorer="gpt2-large"):
 
 def scored_targets(ids, eos):
     """Targets 1..L-1 that count in Gen. PPL in Duo, FLM and ELF, bool [n, L - 1]: not EOS, or the first EOS.
-
-    LangFlow counts all targets; so does NFDM, after a leading EOS.
-    """
+    LangFlow counts all targets; so does NFDM, after a leading EOS."""
     is_eos = np.asarray(ids) == eos
     return (~is_eos | (is_eos.cumsum(axis=1) == 1))[:, 1:]
 
 def generative_perplexity(texts, scorer="gpt2-large", device="cpu", every_eos=False, limit=1024):
     """exp(nats per scored token), pooled over texts, under a causal model of the optional `transformers`.
-
-    GPT-2 ids, cut to `limit`; empty texts skipped. every_eos: LangFlow's rule; else `scored_targets`.
-    """
+    GPT-2 ids, cut to `limit`; empty texts skipped. every_eos: LangFlow's rule; else `scored_targets`."""
     if isinstance(scorer, str):
         models = optional("transformers", "transformers").AutoModelForCausalLM
         scorer = models.from_pretrained(scorer).to(device).eval()
