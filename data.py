@@ -119,30 +119,30 @@ WORD = re.compile(r"""n't\b|[^\W\d_]+?(?=n't\b)|'(?:s|m|d|re|ve|ll)\b|[^\W\d_]+(
    |(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|Prof)\.|(?:[^\W\d_]\.){2,}|\d+(?:[.,:]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*|\S""", re.X)
 
 class Words(Tokenizer):
-    """A closed vocabulary of words or, when it is named "char", of characters; `unk` stands for all others.
+    """A closed vocabulary of words or, without a gap between them, of characters; `unk` stands for all others.
 
     Text is split at spaces; with unk by WORD, spaCy's blank English tokenizer without its exception table.
     """
 
-    def __init__(self, words, bos=None, eos=None, unk=None, pad=None, name="word"):
-        self.state = dict(words=list(words), bos=bos, eos=eos, unk=unk, pad=pad, name=name)
-        self.name, self.words, self.vocab = name, list(words), len(words)
+    def __init__(self, words, bos=None, eos=None, unk=None, pad=None, name="word", gap=" "):
+        self.state = dict(words=list(words), bos=bos, eos=eos, unk=unk, pad=pad, name=name, gap=gap)
+        self.name, self.words, self.vocab, self.gap = name, list(words), len(words), gap
         self.bos, self.eos, self.unk, self.pad, self.stop, self.drop = bos, eos, unk, pad, eos, (bos, pad)
         self.ids = {w: i for i, w in enumerate(self.words)}
 
     def encode(self, text):
-        words = text if self.name == "char" else text.split() if self.unk is None else WORD.findall(text)
+        words = text if not self.gap else text.split() if self.unk is None else WORD.findall(text)
         if self.unk is None and (unknown := set(words) - self.ids.keys()):
             raise UserError(f"{min(unknown)!r} does not occur in the corpus (tokenizer {self.name})")
         return np.fromiter((self.ids.get(w, self.unk) for w in words), dtype=np.int64)
 
     def text(self, ids):
-        return ("" if self.name == "char" else " ").join(self.words[i] for i in ids)
+        return self.gap.join(self.words[i] for i in ids)
 
 def characters(text, reserved=False):
     """The characters of a text, or of a set; `reserved` keeps id 0 for padding and 1 for the end."""
-    table = sorted(set(text))
-    return Words(["<pad>", "<end>", *table], pad=0, eos=1, name="char") if reserved else Words(table, name="char")
+    reserve = dict(pad=0, eos=1) if reserved else {}
+    return Words([f"<{k}>" for k in reserve] + sorted(set(text)), name="char", gap="", **reserve)
 
 def train_words(texts, more_than=10):
     """NFDM's vocabulary: START, END, UNK, PAD, then words seen more than 10 times as they come up."""
@@ -341,11 +341,9 @@ class Corpus:
         return out | (dict(cond_len=torch.from_numpy(cond)) if self.conditional else {})
 
     def train_batch(self, seed, step, first, n_local, n_global):
-        """Rows [first, first + n_local) of global batch `step`: a function of (seed, step) alone.
-
-        A stream gives random windows; blocks and documents come in a seeded order, another one in each epoch.
-        Padded corpora add global_len and global_cond [n_global], so that denominators can be global.
-        """
+        """Rows [first, first + n_local) of global batch `step`: a function of (seed, step) alone. A stream gives random
+        windows; blocks and documents come in a seeded order, another one in each epoch. Padded corpora add global_len
+        and global_cond [n_global], so that denominators can be global."""
         s, n = self.split("train"), self.n_rows("train")
         if self.layout == "stream":
             starts = np.random.default_rng([seed, step]).integers(0, len(s) - self.length + 1, n_global)
@@ -551,13 +549,11 @@ def markov_sample(pi, P, n, L, seed):
     return rows
 
 def markov(V=8, L=6, seed=0, n=100_000):
-    """A Markov source of known entropy (corpus.entropy, nats per row); corpus.chain: (start, transitions)."""
+    """A Markov source of known entropy (corpus.entropy, nats per row)."""
     pi, P = markov_chain(V, seed)
     def draw(n, s):
         return markov_sample(pi, P, n, L, [seed, s])
-    corpus = row_corpus(f"markov{V}", [f"s{i}" for i in range(V)], draw, markov_entropy(pi, P, L), n)
-    corpus.chain = pi, P
-    return corpus
+    return row_corpus(f"markov{V}", [f"s{i}" for i in range(V)], draw, markov_entropy(pi, P, L), n)
 
 def newdiego(length):
     """Two dependent tokens: New York .45, San Diego .45, New Diego .10: no single factorised step does it."""
@@ -960,31 +956,28 @@ def prepare(name, source=None, root="corpora", tokenizer=None, length=0, packing
     before, after = ([bos], [getattr(tok, "sep", eos)]) if layout == "rows" else ([], [eos] * insert_eos)
     plan = dict(format=3, name=name, tokenizer=tokenizer, vocab=tok.vocab, layout=layout, length=length, bos=bos,
                 eos=eos, packing=packing, insert_eos=insert_eos, licence=recipe.licence, detokenizer=recipe.detokenizer)
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    workers = workers or len(cores)
+    workers = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
     print(f"{name}: {tokenizer} (V {tok.vocab:,}), {layout}, packing {packing}, insert_eos {insert_eos}, "
           f"{workers} processes")
-    work, splits = (tokenizer, tok.state, recipe.detokenizer, before, after), {}
+    work, meta = (tokenizer, tok.state, recipe.detokenizer, before, after), dict(plan, splits={}, state=tok.state)
     for s in found:
         results = tokenized(files.read(s), 1 if layout == "stream" else BATCH, work, workers)
-        splits[s] = write_split(stem, s, results, files, plan)
-    meta = dict(plan, splits=splits, state=tok.state)
+        meta["splits"][s] = write_split(stem, s, results, files, plan)
     with saved(f"{path}.part") as f:
         f.write(json.dumps(dict(meta, hash=meta_hash(meta))).encode())
     os.replace(f"{path}.part", path)
     return path
 
 def meta_hash(meta):
-    plain = json.dumps({k: v for k, v in meta.items() if k != "hash"}, sort_keys=True)
-    return hashlib.sha256(plain.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 def read_meta(path):
     """The meta file of a prepared corpus, refused unless it is whole and unchanged."""
     try:
         meta = json.loads(path.read_bytes())
-        if meta["hash"] != meta_hash(meta) or meta["format"] != 3:
+        if meta.pop("hash") != meta_hash(meta) or meta["format"] != 3:
             raise ValueError("its hash or format does not fit")
-    except (OSError, ValueError, LookupError, TypeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is damaged ({e}); delete it, then python data.py {path.parent.name}") from e
     return meta
 
@@ -1093,10 +1086,7 @@ def main(argv):
     for name in names:
         near = difflib.get_close_matches(name, RECIPES, 1, 0)
         refuse(name not in RECIPES, f"no corpus is called {name!r}; did you mean {near[0]}?")
-        try:
-            prepare(name, root=root, **options)
-        except OSError as e:
-            raise UserError(f"{name}: {e.filename or root}: {e.strerror or e}") from e
+        prepare(name, root=root, **options)
     if not names:
         print(listing(root))
 
@@ -1190,17 +1180,17 @@ def generative_perplexity(texts, scorer="gpt2-large", device="cpu", every_eos=Fa
         scorer = models.from_pretrained(scorer).to(device).eval()
     encoding, total, count = BPE("gpt2").encoding, 0., 0
     for text in texts:
-        ids = torch.tensor([encoding.encode(text, allowed_special="all")[:limit]])
+        ids = torch.tensor([encoding.encode(text, allowed_special="all")[:limit]], device=device)
         if ids.shape[1] > 1:
             with torch.no_grad():
-                logits = scorer(ids.to(device)).logits[0, :-1].float().cpu()
-            nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").numpy()
-            counted = every_eos | scored_targets(ids, encoding.eot_token)[0]
+                logits = scorer(ids).logits[0, :-1].float()
+            nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").cpu().numpy()
+            counted = every_eos | scored_targets(ids.cpu(), encoding.eot_token)[0]
             total, count = total + nll[counted].sum(dtype=np.float64), count + int(counted.sum())
     return math.exp(total / max(count, 1))
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except UserError as e:
+    except (UserError, OSError) as e:
         sys.exit(print(f"data.py: {e}", file=sys.stderr) or 2)
