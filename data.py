@@ -75,7 +75,7 @@ class BPE(Tokenizer):
             except Exception as e:                  # whatever its HTTP library raises without a network
                 raise UserError(f"tokenizer gpt2: tiktoken cannot get its vocabulary ({type(e).__name__}); "
                                 "point TIKTOKEN_CACHE_DIR to a copy, or use --tokenizer=bpe1024") from e
-            self.bos = self.eos = self.encoding.eot_token
+            self.bos = self.eos = self.pad = self.encoding.eot_token
             self.stop = self.eos if reserved else None
         else:
             tokens = [*map(chr, range(256)), *merges]
@@ -474,7 +474,7 @@ def prose_text():
 def tokenize(documents, tok, clean=str, before=(), after=()):
     """(ids of the documents, of a pair both; number of ids of each text; bytes of all detokenised texts)."""
     texts = [clean(t) for d in documents for t in ([d] if isinstance(d, str) else d)]
-    ids = [np.concatenate([before, tok.encode(t), after]).astype("<u2") for t in texts]
+    ids = [np.concatenate([before, tok.encode(t), after], dtype="<u2", casting="unsafe") for t in texts]
     return np.concatenate(ids), [*map(len, ids)], sum(len(t.encode("utf-8", "replace")) for t in texts)
 
 def in_memory(name, tok, documents, length, layout="stream", max_source=0):
@@ -567,8 +567,7 @@ SHARD = 20240520        # first number of the 1,024-byte header that some files 
 
 def token_shards(path, tokenizer, length):
     """GPT-2 ids in uint16 files: those named *val* are validation, without one the last tenth of the last."""
-    default = tokenizer == "char"
-    refuse(not default and tokenizer != "gpt2", f"{path} holds the ids of GPT-2: --tokenizer=gpt2, not {tokenizer}")
+    refuse(tokenizer not in ("char", "gpt2"), f"{path} holds the ids of GPT-2: --tokenizer=gpt2, not {tokenizer}")
     tok, sides = BPE("gpt2"), {"train": [], "val": []}
     for f in [path] if path.is_file() else sorted(path.glob("*.bin")):
         at = 1024 * (np.fromfile(f, "<i4", 1).tolist() == [SHARD])
@@ -714,10 +713,8 @@ RECIPES = {
 
 def live(text, end=False):
     """A line that the next one overwrites on a terminal; elsewhere only the one with end=True is printed."""
-    if sys.stdout.isatty():
-        print(f"\r{text[:110]:110}", end="\n" * end, flush=True)
-    elif end:
-        print(text, flush=True)
+    if end or sys.stdout.isatty():
+        print(f"{text[:110]:110}", end="\n" if end else "\r", flush=True)
 
 @contextmanager
 def saved(path, go_on=False):
