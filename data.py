@@ -18,7 +18,7 @@ import argparse, csv, difflib, functools, gzip, hashlib, importlib, itertools, j
 import os, re, sys, sysconfig, tarfile, threading, time, unicodedata, urllib.request, zipfile, zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,10 +144,10 @@ def characters(text, reserved=False):
     reserve = dict(pad=0, eos=1) if reserved else {}
     return Words([f"<{k}>" for k in reserve] + sorted(set(text)), name="char", gap="", **reserve)
 
-def train_words(texts, more_than=10):
+def train_words(texts):
     """NFDM's vocabulary: START, END, UNK, PAD, then words seen more than 10 times as they come up."""
     count = Counter(w for text in texts for w in WORD.findall(text))
-    frequent = [w for w, c in count.items() if c > more_than]
+    frequent = [w for w, c in count.items() if c > 10]
     return Words(["START", "END", "UNK", "PAD", *frequent], bos=0, eos=1, unk=2, pad=3)
 
 # BERT's normaliser, after lower-casing and NFD, for the `regex` package: what it drops; words and lone marks
@@ -372,7 +372,7 @@ class Corpus:
     def references(self, split="val", rows=4096):
         """Unigram and bigram reference: nats per token of `split` under models fitted on train."""
         held_out = self.rows(split, np.arange(min(rows, self.n_rows(split))))["tokens"]
-        return {k: float(self.judge().nll(held_out, order=n)) for n, k in ((1, "unigram"), (2, "bigram"))}
+        return {k: float(self.judge().token_nll(held_out, n).mean()) for n, k in ((1, "unigram"), (2, "bigram"))}
 
     def unigrams(self):
         """Share of every id among the training tokens, [V]."""
@@ -410,8 +410,9 @@ class Corpus:
         held_out = self.rows("val", np.arange(min(len(ids), self.n_rows("val"))))["tokens"]
         unordered, noise = self.random_rows(*ids.shape, self.unigrams()), self.random_rows(*ids.shape)
         rows = {"samples": ids, "held-out text": held_out, "unigram text": unordered, "uniform noise": noise}
-        table = {k: dict(judge_nll=float(self.judge().nll(v)), entropy=entropy(v), distinct2=distinct_n(v, 2),
-                         words_in_corpus=self.known_words(v), copied_8grams=self.copied(v)) for k, v in rows.items()}
+        table = {k: dict(judge_nll=float(self.judge().token_nll(v).mean()), entropy=entropy(v),
+                         distinct2=distinct_n(v, 2), words_in_corpus=self.known_words(v),
+                         copied_8grams=self.copied(v)) for k, v in rows.items()}
         lines = [f"{'':16}judge nats/token  entropy (nats)  distinct 2-gram  words in corpus  copied 8-grams"]
         for k, v in table.items():
             lines.append("{:14}{:18.3f}{:16.3f}{:18.3f}{:17.3f}{:16.3f}".format(k, *v.values()))
@@ -453,11 +454,10 @@ def held_out(text):
 
 def prose_text():
     """(training, validation) prose of this Python's documentation and docstrings (1 MB in half a second)."""
-    try:
+    texts = []
+    with suppress(ImportError):                     # a stripped installation: the docstrings have to do
         from pydoc_data.topics import topics
-    except ImportError:                             # a stripped installation: the docstrings have to do
-        topics = {}
-    texts = [topics[k] for k in sorted(topics)]
+        texts += [topics[k] for k in sorted(topics)]
     for folder, inner, files in os.walk(sysconfig.get_paths()["stdlib"]):
         inner[:] = sorted(d for d in inner if d not in SKIPPED)
         for f in sorted(f for f in files if f.endswith(".py")):
@@ -889,8 +889,7 @@ def write_split(stem, split, results, files, plan):
     with saved(f"{stem}_{split}.bin") as f:
         for ids, count, text in results:
             ends.append(size["tokens"] + np.cumsum(count))
-            documents = len(count) // (1 + (plan["layout"] == "pairs"))
-            size.update(documents=documents, tokens=len(ids), bytes_of_text=text)
+            size.update(documents=len(count), tokens=len(ids), bytes_of_text=text)
             if plan["layout"] == "blocks":          # `compat` drops the rest of a batch, `global` keeps it
                 ids = np.concatenate([left, ids]) if plan["packing"] == "global" else ids
                 ids, left = pack(ids, plan["length"], plan["bos"], plan["eos"])
@@ -990,11 +989,11 @@ def open_prepared(path, meta, length, max_source):
     """Corpus from a prepared one and its meta file; sizes and ids are checked before anything is used."""
     tok, layout, splits = CLASSES.get(meta["tokenizer"], BPE)(**meta["state"]), meta["layout"], {}
     again = f"delete {path} and run python data.py {meta['name']} again"
-    ended, per_row = layout in ("rows", "pairs"), 1 + (layout == "pairs")
+    ended = layout in ("rows", "pairs")
     for split, entry in meta["splits"].items():
         n = entry["blocks"] * meta["length"] if layout == "blocks" else entry["tokens"]
         ids, idx = (path.with_name(f"{path.stem}_{split}.{kind}") for kind in ("bin", "idx"))
-        for f, wanted in (ids, 2 * n), (idx, 8 * (entry["documents"] * per_row + 1) * ended):
+        for f, wanted in (ids, 2 * n), (idx, 8 * (entry["documents"] + 1) * ended):
             size = f.stat().st_size if f.is_file() else 0
             refuse(size != wanted, f"{f} has {size} bytes, its meta says {wanted}; {again}")
         if n:                                       # a split without a single block is left out
@@ -1123,10 +1122,6 @@ class NgramJudge:
             mixed = (np.where(codes[i] == code, counts[i], 0) + types[j] * lower) / (total[j] + types[j])
             p[:, k - 1:] = np.where(contexts[j] == context, mixed, lower)
         return -np.log(p)
-
-    def nll(self, ids, order=3):
-        """Mean nats per token of ids [n, L]."""
-        return self.token_nll(ids, order).mean()
 
 def nats(p):
     """Entropy of probabilities, nats."""

@@ -416,6 +416,16 @@ def test_packing_modes_insert_eos_and_processes(tmp_path):
     assert padded.has_mask and row["tokens"][0, 0] == tok.eos and row["mask"].sum() == min(24, n)
 
 
+def test_detokenised_characters_and_padded_gpt2_ids(tmp_path, gpt2):
+    """A table of the raw characters had no `?`, which stands for <unk>; GPT-2 had no id to pad with."""
+    (tmp_path / "ptb.train.txt").write_text("the <unk> dog\n" * 99)
+    data.prepare("ptb", tmp_path, tmp_path, **{**PTB, "tokenizer": "char"})
+    assert "?" in data.load("ptb", length=32, root=tmp_path).tok.words
+    data.prepare("ptb", tmp_path, tmp_path / "b", **{**PTB, "tokenizer": "gpt2"}, packing="pad")
+    row = data.load("ptb", length=32, root=tmp_path / "b").rows("train", [0])
+    assert gpt2.decode(row["tokens"][0, 1:4]) == "the ? dog" and row["mask"].sum() == 5
+
+
 def test_words_stories_and_meaning_texts(tmp_path):
     stories = story(300, 3, ("He", "didn't", "go", "to", "Mr.", "Li's", "house.", "rare"))[:250]
     for split in ("train", "valid"):
