@@ -750,7 +750,7 @@ def download(url, path, sha256=None):
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=60) as reply, saved(part, reply.status == 206) as f:
-            done = f.tell()
+            have = done = f.tell()                  # 0 again where a server does not go on
             total = done + int(reply.headers.get("Content-Length") or 0)
             while block := reply.read(1 << 20):
                 done += f.write(block)
