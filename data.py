@@ -134,7 +134,7 @@ class Words(Tokenizer):
         words = text if not self.gap else text.split() if self.unk is None else WORD.findall(text)
         if self.unk is None and (unknown := set(words) - self.ids.keys()):
             raise UserError(f"{min(unknown)!r} does not occur in the corpus (tokenizer {self.name})")
-        return np.fromiter((self.ids.get(w, self.unk) for w in words), dtype=np.int64)
+        return np.fromiter(map(self.ids.get, words, itertools.repeat(self.unk)), dtype=np.int64)
 
     def text(self, ids):
         return self.gap.join(self.words[i] for i in ids)
@@ -908,19 +908,19 @@ def choose_tokenizer(files, name, found, reserved):
     def texts(splits):
         for split in splits:
             yield from (" ".join(t) if isinstance(t, tuple) else t for t in files.read(split))
-    cls, text = CLASSES.get(name, BPE), ""
+    cls = CLASSES.get(name, BPE)
     if cls.file:
         path = files.find(cls.file, cls.url)
         refuse(path is None, f"tokenizer {name} needs {cls.file} in --from=FOLDER (it is at {cls.url})")
         return cls.from_file(path)
     if name == "word":
         return train_words(texts(found[:1]))
-    if name == "char":                              # `make_tokenizer` takes no more than the characters from it
-        clean = map(DETOKENIZERS[files.recipe.detokenizer], texts(found))
-        text = " abcdefghijklmnopqrstuvwxyz" if files.name == "text8" else set().union(*clean)
-    elif name.startswith("bpe"):
-        text = "".join(itertools.islice(texts(found[:1]), 20_000))[:20_000_000]
-    return make_tokenizer(name, text, reserved)
+    if name == "char" and files.name == "text8":
+        return characters(" abcdefghijklmnopqrstuvwxyz")
+    if name == "char":
+        return characters(set().union(*map(DETOKENIZERS[files.recipe.detokenizer], texts(found))), reserved)
+    sample = itertools.islice(texts(found[:1]), 20_000 if name.startswith("bpe") else 0)
+    return make_tokenizer(name, "".join(sample)[:20_000_000], reserved)
 
 def prepare(name, source=None, root="corpora", tokenizer=None, length=0, packing="compat", insert_eos=None,
             check=True, workers=0):
