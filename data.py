@@ -889,7 +889,8 @@ def write_split(stem, split, results, files, plan):
     with saved(f"{stem}_{split}.bin") as f:
         for ids, count, text in results:
             ends.append(size["tokens"] + np.cumsum(count))
-            size.update(documents=len(count), tokens=len(ids), bytes_of_text=text)
+            documents = len(count) // (1 + (plan["layout"] == "pairs"))
+            size.update(documents=documents, tokens=len(ids), bytes_of_text=text)
             if plan["layout"] == "blocks":          # `compat` drops the rest of a batch, `global` keeps it
                 ids = np.concatenate([left, ids]) if plan["packing"] == "global" else ids
                 ids, left = pack(ids, plan["length"], plan["bos"], plan["eos"])
@@ -989,11 +990,11 @@ def open_prepared(path, meta, length, max_source):
     """Corpus from a prepared one and its meta file; sizes and ids are checked before anything is used."""
     tok, layout, splits = CLASSES.get(meta["tokenizer"], BPE)(**meta["state"]), meta["layout"], {}
     again = f"delete {path} and run python data.py {meta['name']} again"
-    ended = layout in ("rows", "pairs")
+    ended, per_row = layout in ("rows", "pairs"), 1 + (layout == "pairs")
     for split, entry in meta["splits"].items():
         n = entry["blocks"] * meta["length"] if layout == "blocks" else entry["tokens"]
         ids, idx = (path.with_name(f"{path.stem}_{split}.{kind}") for kind in ("bin", "idx"))
-        for f, wanted in (ids, 2 * n), (idx, 8 * (entry["documents"] + 1) * ended):
+        for f, wanted in (ids, 2 * n), (idx, 8 * (entry["documents"] * per_row + 1) * ended):
             size = f.stat().st_size if f.is_file() else 0
             refuse(size != wanted, f"{f} has {size} bytes, its meta says {wanted}; {again}")
         if n:                                       # a split without a single block is left out
