@@ -300,8 +300,8 @@ def measure(name, out, n=SAMPLES, steps=STEPS, rows=ROWS, iters=20):
     held_out = corpus.rows("val", np.linspace(0, total - 1, min(n * 8, total)).astype(int))
     row["references"] = {
         "held-out text": judged(corpus, held_out["tokens"]),
-        "unigram text": judged(corpus, corpus.unigram_sample(n * 8, corpus.length)),
-        "uniform noise": judged(corpus, corpus.uniform_sample(n * 8, corpus.length))}
+        "unigram text": judged(corpus, corpus.random_rows(n * 8, corpus.length, corpus.unigrams())),
+        "uniform noise": judged(corpus, corpus.random_rows(n * 8, corpus.length))}
     del model
     run, batches = bare_run(Paper, cfg, world), one_batch(cfg, world)
     if gpu:

@@ -268,7 +268,8 @@ def test_markov_source_has_the_stated_entropy():
     held_out = corpus.rows("val", range(4096))["tokens"]
     bigram = corpus.judge().token_nll(held_out, order=2).sum(1)
     assert abs(bigram.mean() - corpus.entropy) < 5 * bigram.std() / 64
-    assert np.allclose(corpus.chain[0] @ corpus.chain[1], corpus.chain[0])
+    start, transitions = data.markov_chain(4)
+    assert np.allclose(start @ transitions, start)
 
 
 def test_pairs_are_padded_with_eos_and_carry_lengths(tmp_path):
@@ -368,7 +369,7 @@ def test_judge_ranks_text_above_shuffled_text_above_noise(prose):
     assert nll["held-out text"] + 2 < nll["unigram text"] < nll["uniform noise"] - 2
     assert table["samples"]["words_in_corpus"] > 0.9 and len(lines) > 4
     assert prose.copied(prose.rows("train", range(50))["tokens"]) == 1 > table["samples"]["copied_8grams"]
-    assert prose.copied(prose.uniform_sample(50, 64)) == 0 and table["uniform noise"]["words_in_corpus"] < 0.5
+    assert prose.copied(prose.random_rows(50, 64)) == 0 and table["uniform noise"]["words_in_corpus"] < 0.5
 
 
 # --- preparation --------------------------------------------------------------------------------
@@ -413,6 +414,16 @@ def test_packing_modes_insert_eos_and_processes(tmp_path):
     padded = data.load("ptb", "bpe300", 24, root=tmp_path / "pad")
     row, n = padded.rows("train", [0]), len(tok.encode(story(1)[0])) + 2
     assert padded.has_mask and row["tokens"][0, 0] == tok.eos and row["mask"].sum() == min(24, n)
+
+
+def test_detokenised_characters_and_padded_gpt2_ids(tmp_path, gpt2):
+    """A table of the raw characters had no `?`, which stands for <unk>; GPT-2 had no id to pad with."""
+    (tmp_path / "ptb.train.txt").write_text("the <unk> dog\n" * 99)
+    data.prepare("ptb", tmp_path, tmp_path, **{**PTB, "tokenizer": "char"})
+    assert "?" in data.load("ptb", length=32, root=tmp_path).tok.words
+    data.prepare("ptb", tmp_path, tmp_path / "b", **{**PTB, "tokenizer": "gpt2"}, packing="pad")
+    row = data.load("ptb", length=32, root=tmp_path / "b").rows("train", [0])
+    assert gpt2.decode(row["tokens"][0, 1:4]) == "the ? dog" and row["mask"].sum() == 5
 
 
 def test_words_stories_and_meaning_texts(tmp_path):

@@ -226,7 +226,7 @@ def test_collated_pairs_schedules_and_metrics():
                           encode=lambda text: np.array(text.split(), dtype=np.int64))
     columns = (json.loads(str(G[f"trainB/{k}_ids_flat"])) for k in ("cond", "target"))
     pairs = [tuple(" ".join(map(str, ids)) for ids in pair) for pair in zip(*columns)]
-    corpus = data.from_pairs("pairs", {"train": pairs}, tok, M["max_length"], META["max_input_length"])
+    corpus = data.in_memory("pairs", tok, {"train": pairs}, M["max_length"], "pairs", META["max_input_length"])
     rows, want = corpus.rows("train", range(len(pairs))), weights("trainB/batch_")
     assert torch.equal(rows["tokens"], want["input_ids"])
     assert torch.equal(rows["mask"].float(), want["attention_mask"])
@@ -1011,14 +1011,14 @@ def table(folder, n=64, seeds=3):
     world = common.World()
     model, cfg, corpus, *_ = common.load_run(elf.ELF, elf.Config, world, folder)
     judge, held = corpus.judge(), corpus.rows("val", np.arange(n))["tokens"]
-    print(f"held-out text {judge.nll(held):.2f}/{data.entropy(held):.2f}, judge nll / entropy in nats")
+    print(f"held-out text {judge.token_nll(held).mean():.2f}/{data.entropy(held):.2f}, judge nll / entropy in nats")
     for sampler, w in (("ode", 1.0), ("ode", 3.0), ("sde", 1.0), ("sde", 3.0)):
         cells = []
         for steps in (8, 16, 32, 64):
             churn = {8: 2.0, 16: 2.0, 32: 1.5, 64: 1.0}[steps]         # as published
             how = dict(sampler=sampler, w=w, churn=churn)
             ids = [common.draw(model, corpus, n, steps, s, 32, **how) for s in range(seeds)]
-            nll, entropy = (np.mean([f(x) for x in ids]) for f in (judge.nll, data.entropy))
+            nll, entropy = (np.mean([f(x) for x in ids]) for f in (judge.token_nll, data.entropy))
             cells.append(f"{steps:2d} steps {nll:.2f}/{entropy:.2f}")
         print(f"{sampler} w={w:.0f}  " + "  ".join(cells), flush=True)
 
