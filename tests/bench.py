@@ -363,7 +363,7 @@ def markdown(rows):
     for label, s in first["references"].items():
         lines.append(f"| {label} | | " + " | ".join([cell(s)] + [""] * (len(columns) - 1)) + " |")
     lines += ["", "Seconds are those at 64 steps (autoregressive: a step a token, uncached), samplers the "
-              "papers' defaults. The last three rows are validation text, tokens drawn from the training "
+              "presets' defaults. The last three rows are validation text, tokens drawn from the training "
               "unigrams and uniform tokens; they have no steps. FMLM is the FLM of this table distilled for as many "
               "steps again.", "",
               "One sample of each row, not chosen, at its largest number of steps:", ""]
