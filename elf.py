@@ -107,7 +107,7 @@ PRESETS = {
     "bench10-cpu": dict(TINY, steps=5000),
     "bench10": dict(TINY, data="wikitext103", tokenizer="gpt2", d_model=384, n_layer=6, n_head=6, length=256,
                     batch=64, steps=8000, text_encoder_dim=256, bottleneck_dim=128, lr=2e-3, ema=0.999),
-    "tiny-distill": dict(student_steps=4, teacher_steps=8, steps=800, warmup=80, sampler="sde", churn=1.5, w=2.5),
+    "tiny-distill": dict(student_steps=4, teacher_steps=8, steps=800, warmup=80, w=2.5),
 }
 for _n in (16, 8, 4, 2, 1):         # one epoch a round, then sampled with these settings (v2, appendix B)
     PRESETS[f"distill-{_n}"] = dict(PRESETS["owt-b"], stage="distill", student_steps=_n, steps=19017,
