@@ -911,8 +911,11 @@ def like(value, x):
     """The whole tensor cut the way `x` is sharded, on its device; plain if x is plain or of another shape."""
     if not hasattr(x, "full_tensor") or value.shape != x.shape:
         return value.to(x.device)
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(value.to(x.device), x.device_mesh, x.placements, src_data_rank=None)
+    from torch.distributed.tensor import DTensor        # (distribute_tensor without a message needs torch 2.7)
+    value, rank = value.to(x.device).contiguous(), x.device_mesh.get_local_rank()
+    shards = [*value.chunk(x.device_mesh.size()), value[:0]]        # as FSDP2 cuts rows: the last ranks may get none
+    return DTensor.from_local(shards[min(rank, len(shards) - 1)], x.device_mesh, x.placements, run_check=False,
+                              shape=value.shape, stride=value.stride())
 
 
 # --- 9. training loop ------------------------------------------------------------------------------
@@ -961,7 +964,7 @@ def compile_and_shard(model, cfg, world):
     """In-place compilation of every block (one graph serves all) and of the heads, then FSDP2 over the blocks."""
     blocks = [m for m in model.modules() if getattr(m, "compile_me", False)]
     if cfg.compile == "true" or cfg.compile == "auto" and world.device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 32   # train, self-conditioning and sampling shapes of a block
+        torch._dynamo.config.cache_size_limit = 32      # train, self-conditioning, sampling shapes of a block
         for f in (_ce_chunk, _embed_chunk, _embed_grad_chunk):      # the heads' loops over chunks stay outside
             globals()[f.__name__] = torch.compile(f, dynamic=False)
         for block in blocks:
