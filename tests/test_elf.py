@@ -946,7 +946,7 @@ def test_learning_on_a_source_of_four_letters():
         torch._foreach_copy_(params, ema)
     jumps = torch.cat([model.sample(128, 4, 16, sampler="sde", w=1.0) for _ in range(4)]).diff(dim=1) % 4
     one, two = (jumps == 1).float().mean(), (jumps == 2).float().mean()
-    assert one + two > 0.85 and one > two > 0.1
+    assert one + two > 0.75 and one > two > 0.1
 
 
 # --- lean step against the plain step, as a command ------------------------------------------------

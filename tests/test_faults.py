@@ -50,6 +50,7 @@ OWN = dict(nfdm=dict(d_embed=16, fwd_dim=32, fwd_layers=1, fwd_heads=2, fwd_mlp=
            replaid=dict(schedule_width=64))
 ENV = dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
 os.environ.update(ENV)
+FSDP2_ON_CPU = [int(v) for v in torch.__version__.split(".")[:2]] >= [2, 7]      # before, it asked a CPU for streams
 
 
 # --- 1. running a paper in a process that can be killed ------------------------------------------------
@@ -653,6 +654,7 @@ def ranks_job(rank, size, port, folder):
         if size == 2:
             attempt((paper, "poisoned"), CORPORA["stream"], bad=1)
             attempt((paper, "own noise"), CORPORA["stream"], given=False)
+        if size == 2 and FSDP2_ON_CPU:
             attempt((paper, "sharded"), [*CORPORA["stream"], "--shard=true"], save=f"{paper}-sharded")
     attempt(("elf", "pairs"), PAIRS)
     torch.save(found, pathlib.Path(folder) / f"rank{rank}of{size}.pt")
@@ -732,6 +734,7 @@ def test_a_bad_batch_on_one_rank_is_skipped_on_both(paper, one_and_two_ranks):
     assert all(torch.isfinite(v).all() for v in [*a["states"][2].values(), *a["ema"].values()])
 
 
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason="FSDP2 on a CPU needs torch 2.7")
 @pytest.mark.parametrize("paper", PAPERS)
 def test_sharded_steps_equal_plain_ones_and_load_without_sharding(paper, one_and_two_ranks):
     _, a, _, folder = one_and_two_ranks
