@@ -56,6 +56,7 @@ class Tokenizer:
 
     def decode(self, ids):
         ids = [int(i) for i in ids]
+        ids = ids[1:] if ids[:1] == [self.bos] == [self.stop] else ids      # a start that has the id of the end
         ids = ids[:ids.index(self.stop)] if self.stop in ids else ids
         return self.text([i for i in ids if 0 <= i < self.vocab and i not in self.drop])
 
@@ -79,7 +80,7 @@ class BPE(Tokenizer):
             self.stop = self.eos if reserved else None
         else:
             tokens = [*map(chr, range(256)), *merges]
-            self.eos = self.pad = self.stop = len(tokens) if reserved else None
+            self.bos = self.eos = self.pad = self.stop = len(tokens) if reserved else None
             self.encoding = tiktoken.Encoding(
                 name, pat_str=PIECES, mergeable_ranks={t.encode("latin-1"): i for i, t in enumerate(tokens)},
                 special_tokens={"<|endoftext|>": len(tokens)} if reserved else {})

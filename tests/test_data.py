@@ -424,6 +424,11 @@ def test_detokenised_characters_and_padded_gpt2_ids(tmp_path, gpt2):
     data.prepare("ptb", tmp_path, tmp_path / "b", **{**PTB, "tokenizer": "gpt2"}, packing="pad")
     row = data.load("ptb", length=32, root=tmp_path / "b").rows("train", [0])
     assert gpt2.decode(row["tokens"][0, 1:4]) == "the ? dog" and row["mask"].sum() == 5
+    for name in ("gpt2", "byte"):                   # their rows begin with the id that ends them
+        if name == "byte":
+            data.prepare("ptb", tmp_path, tmp_path / "b", **{**PTB, "tokenizer": name}, packing="pad")
+        corpus = data.load("ptb", name, length=32, root=tmp_path / "b")
+        assert corpus.decode(corpus.rows("train", [0])["tokens"][0]) == "the ? dog"
 
 
 def test_words_stories_and_meaning_texts(tmp_path):
