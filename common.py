@@ -596,6 +596,9 @@ def parse(argv, Paper, Cfg, presets):
             raise UserError(f"unknown key '{arg}' of '{verb}'" + (nearest(key, known) or ": see --help"))
         refuse(not eq and known[key] is not bool, f"--{key} needs a value: --{key}=...")
         (overrides if key in kinds else options)[key] = parse_value(key, text if eq else "true", known[key])
+    for key, (default, _) in OPTIONS[verb].items():
+        least = int(default != 0 and (verb, key) != ("eval", "n"))          # the others take 0 for a default or none
+        refuse(type(default) is int and options[key] < least, f"--{key}={options[key]}: must be at least {least}")
     if (name := overrides.get("preset", "tiny")) not in presets:
         raise UserError(f"--preset={name}: no such preset; one of {', '.join(presets)}" + nearest(name, presets))
     return verb, overrides, options
@@ -815,7 +818,8 @@ def load_checkpoint(path, paper=None):
 
 def newest_checkpoint(folder):
     """ckpt.pt of a run folder, or ckpt.prev.pt where a kill fell between the two renames."""
-    return folder / ("ckpt.pt" if (folder / "ckpt.pt").exists() else "ckpt.prev.pt")
+    newest, before = folder / "ckpt.pt", folder / "ckpt.prev.pt"
+    return before if before.exists() and not newest.exists() else newest
 
 class _Inert:
     """Stands in for every class of a published pickle that is not a tensor; nothing in it runs."""
@@ -1431,7 +1435,6 @@ def load_run(Paper, Cfg, world, out=""):
 
 def sample(Paper, Cfg, world, n, steps, length, prompt, infill, watch, seed, out, **own):
     """The `sample` verb: n texts, or with --watch the text while noise turns into words."""
-    refuse(min(n, steps) < 1, f"--n={n} --steps={steps}: both must be at least 1")
     model, cfg, corpus, out, step = load_run(Paper, Cfg, world, out)
     refuse(not 0 <= length <= cfg.length, f"--length={length}: the model was trained at length {cfg.length}")
     length = length or cfg.length

@@ -847,6 +847,18 @@ def junk_arguments(rng, Paper, Cfg, presets):
     return argv
 
 
+def test_counts_below_their_least_are_refused_and_a_missing_run_by_its_name(tmp_path):
+    Paper, Cfg, presets = paper_of("langflow")
+    for line in ("sample --n=0", "sample --steps=0", "sample --length=-1", "eval --n=-1", "eval --rows=-1",
+                 "eval --steps=0", "eval --seed=-1", "bench --iters=0", "bench --sample_steps=0"):
+        with pytest.raises(data.UserError, match="must be at least [01]$"):
+            common.parse(line.split(), Paper, Cfg, presets)
+    for line in ("sample --n=1 --length=0", "eval --n=0 --rows=0 --seed=0"):
+        common.parse(line.split(), Paper, Cfg, presets)
+    with pytest.raises(data.UserError, match=r"no checkpoint at .*/ckpt\.pt$"):
+        common.load_run(Paper, Cfg, common.World(), tmp_path)
+
+
 @pytest.mark.parametrize("paper", PAPERS)
 def test_random_command_lines_end_in_a_message_or_a_configuration(paper):
     """100 command lines, parsed; 40 configurations of small random values, built and asked for a loss."""
