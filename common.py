@@ -1426,10 +1426,11 @@ def load_run(Paper, Cfg, world, out=""):
         out = runs[-1].parent
         world.say(f"run folder {out} (the newest; another with --out=)")
     out = pathlib.Path(out)
-    ckpt = load_checkpoint(newest_checkpoint(out), name)
+    file = newest_checkpoint(out)
+    ckpt = load_checkpoint(file, name)
     cfg = dataclasses.replace(Cfg(**ckpt["config"]), init="", shard=False)
     corpus = load_corpus(Paper, cfg)
-    model = build(Paper, cfg, world, ckpt["model"] | ckpt["ema"], out / "ckpt.pt")
+    model = build(Paper, cfg, world, ckpt["model"] | ckpt["ema"], file)
     compile_and_shard(model, cfg, world)
     return model.eval(), cfg, corpus, out, ckpt["step"]
 
